@@ -1,0 +1,66 @@
+"""The routing trace: which experts every token chose, in every MoE layer of a real (or generated) run.
+
+Shape letters, here and everywhere: T tokens, L MoE layers, E experts, K experts per token, R ranks, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+ORIGINS = ("trained", "random", "synthetic")
+"""What made the routing: a trained router, an untrained one, or a generator."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """Routing of T tokens through L MoE layers, rows ordered by (request, position).
+
+    Attributes:
+        name: short name, as in reports.
+        model: name of the model whose router this is, and what it imitates.
+        origin: one of `ORIGINS`; a trace never hides whether its router was trained.
+        num_experts: E, the same in every layer.
+        expert_ids_TLK: uint8 or uint16 [T, L, K]; the experts a token was sent to, best first.
+        request_T: int32 [T], non-decreasing.
+        position_T: int32 [T], position of the token in its request, increasing inside one.
+        is_decode_T: bool [T]; False for prompt tokens (prefill), True for generated ones.
+        token_id_T: int32 [T], vocabulary id of the token.
+        weights_TLK: float16 [T, L, K] gate weights, or None where the source had none.
+        predicted_TLK: uint8 or uint16 [T, L - 1, K], or None; entry (t, l) holds the experts that the router
+            of layer l + 1 would choose from the hidden state that entered the router of layer l.
+        layers: indices, in the whole model, of the L MoE layers.
+        provenance: where the trace comes from: source text, seed, versions, date, licence.
+    """
+
+    name: str
+    model: str
+    origin: str
+    num_experts: int
+    expert_ids_TLK: NDArray[np.unsignedinteger]
+    request_T: NDArray[np.int32]
+    position_T: NDArray[np.int32]
+    is_decode_T: NDArray[np.bool_]
+    token_id_T: NDArray[np.int32]
+    layers: tuple[int, ...]
+    weights_TLK: NDArray[np.float16] | None = None
+    predicted_TLK: NDArray[np.unsignedinteger] | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.expert_ids_TLK.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        """L, MoE layers only."""
+        return int(self.expert_ids_TLK.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return int(self.expert_ids_TLK.shape[2])
