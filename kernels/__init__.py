@@ -1,0 +1,1 @@
+"""Home of the GPU kernels, one file per operator; none is written yet."""

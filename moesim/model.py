@@ -1,8 +1,8 @@
-"""A model as the simulator sees it: which weights exist, which of them a token touches, what it leaves in the KV cache.
+"""A model as the simulator sees it: which weights exist, which of them a token uses, what it leaves cached.
 
-A `ModelSpec` is a tuple of layers; a layer is one *mixer* (attention of some kind, or a state-space block) and one
-*feed-forward part* (dense, routed, or none). Everything here is counting: parameters and bytes. FLOP and seconds
-are `moesim.costs`.
+A `ModelSpec` is a tuple of layers; a layer is one *mixer* (attention of some kind, or a state-space block)
+and one *feed-forward part* (dense, routed, or none). Everything here is counting: parameters and bytes. FLOP
+and seconds are `moesim.costs`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ BYTES_PER_PARAM: Mapping[str, float] = {
     "fp8_block": 1.0 + 4.0 / (128 * 128),  # one fp32 scale for each 128 x 128 block (DeepSeek-V3)
     "int8": 1.0,
     "int4": 0.5 + 2.0 / 128,  # one fp16 scale for each group of 128 weights (GPTQ, AWQ)
+    "int4_g64": 0.5 + 2.0 / 64,
+    "int4_g32": 0.5 + 2.0 / 32,  # Kimi-K2-Thinking
+    "int4_channel": 0.5,  # one scale for a whole row: not counted, as for int8
     "mxfp4": 0.5 + 1.0 / 32,  # one 8-bit exponent for each block of 32 (OCP MX)
+    "nvfp4": 0.5 + 1.0 / 16,  # one fp8 scale for each block of 16
     "ternary": 1.6 / 8,  # five ternary digits packed in one byte
 }
 """Stored bytes for one weight, scales included."""
@@ -41,7 +45,8 @@ class Dtypes:
 class Attention:
     """Softmax attention with a key/value head for each query head (MHA) or for a group of them (GQA, MQA).
 
-    window: tokens a query can look back, None for all of them (sliding-window attention otherwise).
+    window: tokens a query can look back, None for all of them (sliding or chunked attention otherwise).
+    cached: False in an encoder, where nothing is kept once the layer has run.
     """
 
     num_heads: int
@@ -52,10 +57,11 @@ class Attention:
     out_bias: bool = False
     qk_norm: str = "none"  # "none", "head" (one gain per head_dim) or "full" (one per projected channel)
     sinks: bool = False  # one learned logit per head (gpt-oss)
+    cached: bool = True
 
     @property
     def kind(self) -> str:
-        """"mha", "gqa" or "mqa", with "+window" where the look-back is limited."""
+        """ "mha", "gqa" or "mqa", with "+window" where the look-back is limited."""
         name = {1: "mqa", self.num_heads: "mha"}.get(self.num_kv_heads, "gqa")
         return name if self.window is None else f"{name}+window"
 
@@ -68,7 +74,7 @@ class Attention:
 
     def kv_values_per_token(self) -> int:
         """Numbers kept in the KV cache for each token (within the window, where there is one)."""
-        return 2 * self.num_kv_heads * self.head_dim
+        return 2 * self.num_kv_heads * self.head_dim * self.cached
 
     def state_values(self, hidden_size: int) -> int:
         """Numbers kept for each request whatever its length."""
@@ -77,7 +83,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Multi-head latent attention (MLA, DeepSeek-V2): keys and values are read from one small latent per token.
+    """Multi-head latent attention (MLA, DeepSeek-V2): keys and values come from one small latent per token.
 
     q_lora_rank: None where queries come straight from the hidden state (DeepSeek-V2-Lite).
     """
@@ -89,10 +95,11 @@ class LatentAttention:
     qk_rope_head_dim: int
     v_head_dim: int
     window: int | None = None
+    bias: bool = False  # biases on the two down-projections and on the output
 
     @property
     def kind(self) -> str:
-        """"mla"."""
+        """ "mla"."""
         return "mla"
 
     @property
@@ -109,6 +116,8 @@ class LatentAttention:
             params = hidden_size * self.q_lora_rank + self.q_lora_rank * q_out + self.q_lora_rank
         params += hidden_size * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
         params += self.kv_lora_rank * self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        biases = (self.q_lora_rank or 0) + self.kv_lora_rank + self.qk_rope_head_dim + hidden_size
+        params += biases * self.bias
         return params + self.num_heads * self.v_head_dim * hidden_size
 
     def kv_values_per_token(self) -> int:
@@ -129,17 +138,20 @@ class Mamba:
     expand: int
     dt_rank: int
     inner_norms: bool = False  # RMS norms on dt, B and C (Jamba)
+    conv_bias: bool = True
+    proj_bias: bool = False
     window: int | None = None
 
     @property
     def kind(self) -> str:
-        """"mamba"."""
+        """ "mamba"."""
         return "mamba"
 
     def num_params(self, hidden_size: int) -> int:
         """Input, convolution, x, dt and output projections with A and D."""
         inner = self.expand * hidden_size
-        params = hidden_size * 2 * inner + inner * (self.conv_kernel + 1)
+        params = hidden_size * 2 * inner + inner * (self.conv_kernel + self.conv_bias)
+        params += (2 * inner + hidden_size) * self.proj_bias
         params += inner * (self.dt_rank + 2 * self.state_size) + self.dt_rank * inner + inner
         params += inner * self.state_size + inner + inner * hidden_size
         return params + (self.dt_rank + 2 * self.state_size) * self.inner_norms
@@ -160,16 +172,18 @@ class LinearAttention:
     num_heads: int
     key_head_dim: int
     value_head_dim: int
+    norm: bool = False  # one gain per value channel, before the output projection (MiniMax)
     window: int | None = None
 
     @property
     def kind(self) -> str:
-        """"linear"."""
+        """ "linear"."""
         return "linear"
 
     def num_params(self, hidden_size: int) -> int:
         """Projections q, k, v, an output gate, and o."""
-        return hidden_size * self.num_heads * (2 * self.key_head_dim + 3 * self.value_head_dim)
+        params = hidden_size * self.num_heads * (2 * self.key_head_dim + 3 * self.value_head_dim)
+        return params + self.num_heads * self.value_head_dim * self.norm
 
     def kv_values_per_token(self) -> int:
         """Nothing grows with the length."""
@@ -185,7 +199,7 @@ Mixer = Attention | LatentAttention | Mamba | LinearAttention
 
 @dataclass(frozen=True)
 class Dense:
-    """One feed-forward network that every token goes through. A gated one (SwiGLU) has three matrices, else two."""
+    """One feed-forward network for every token. A gated one (SwiGLU) has three matrices, else two."""
 
     width: int
     gated: bool = True
@@ -201,8 +215,8 @@ class Dense:
 class Experts:
     """A routed feed-forward part: `top_k` of the experts for each token, and shared ones for all of them.
 
-    expert_widths: intermediate width of each routed expert, in order; they may differ (HMoE). A width of 0 is a
-        zero-computation expert (MoE++): it can be chosen and costs nothing.
+    expert_widths: intermediate width of each routed expert, in order; they may differ (HMoE). A width of 0 is
+        a zero-computation expert (MoE++): it can be chosen and costs nothing.
     shared_width: total intermediate width of the experts that see every token, 0 for none.
     residual_width: width of a dense network that runs beside the routed part (Arctic, PR-MoE), 0 for none.
     """
@@ -256,6 +270,15 @@ class Layer:
     norm_params: int = 0
     cross: Attention | None = None  # attention over the encoder's output (Switch, NLLB)
 
+    def num_params(self, hidden_size: int) -> int:
+        """Everything in the layer."""
+        params = self.norm_params + sum(m.num_params(hidden_size) for m in (self.mixer, self.cross) if m)
+        if isinstance(self.ffn, Experts):
+            experts = self.ffn
+            params += experts.routed_params(hidden_size) + experts.shared_params(hidden_size)
+            return params + experts.router_params(hidden_size)
+        return params + (self.ffn.num_params(hidden_size) if self.ffn else 0)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -270,6 +293,7 @@ class ModelSpec:
         dtypes: storage format per part as published.
         extra_params: parameters outside layers and embeddings (final norm, relative position tables, ...).
         max_position: longest context the maker states, in tokens.
+        mtp_layers: layers of the multi-token prediction modules (DeepSeek-V3, GLM-4.5), not part of `layers`.
         source: where the numbers come from.
         published_params, published_active_params: the maker's own counts, None where none was published.
     """
@@ -282,6 +306,7 @@ class ModelSpec:
     dtypes: Dtypes = field(default_factory=Dtypes)
     extra_params: int = 0
     max_position: int | None = None
+    mtp_layers: tuple[Layer, ...] = ()
     source: str = ""
     published_params: float | None = None
     published_active_params: float | None = None
@@ -311,18 +336,20 @@ class ModelSpec:
 
     @cached_property
     def num_params(self) -> int:
-        """All parameters."""
+        """All parameters of the main model (multi-token prediction is counted apart, in `mtp_params`)."""
         h = self.hidden_size
-        total = self.embedding_params + self.extra_params
-        for layer in self.layers:
-            total += layer.norm_params
-            total += layer.mixer.num_params(h) if layer.mixer else 0
-            total += layer.cross.num_params(h) if layer.cross else 0
-            if isinstance(layer.ffn, Dense):
-                total += layer.ffn.num_params(h)
-            elif layer.ffn:
-                total += layer.ffn.routed_params(h) + layer.ffn.shared_params(h) + layer.ffn.router_params(h)
-        return total
+        layers = sum(layer.num_params(h) for layer in self.layers)
+        return self.embedding_params + self.extra_params + layers
+
+    @cached_property
+    def mtp_params(self) -> int:
+        """Parameters of the multi-token prediction modules, less the embedding and head they share.
+
+        Each has a layer, a projection from two hidden states to one, and three norms. Source: DeepSeek-V3,
+        arXiv:2412.19437, section 2.2.
+        """
+        h = self.hidden_size
+        return sum(layer.num_params(h) + 2 * h * h + 3 * h for layer in self.mtp_layers)
 
     @cached_property
     def num_active_params(self) -> float:

@@ -1,0 +1,1 @@
+"""Scenario files that answer a question, and later one page per system of the literature."""

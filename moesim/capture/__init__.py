@@ -1,0 +1,1 @@
+"""Capture of real routing with torch hooks; needs the extra `moesim[capture]`."""

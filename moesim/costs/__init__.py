@@ -1,0 +1,1 @@
+"""Costs: one thing, alone, in seconds, and where the number comes from."""

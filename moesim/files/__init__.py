@@ -1,0 +1,1 @@
+"""Files: the only reader of TOML, Hugging Face config.json and Parquet."""

@@ -1,0 +1,32 @@
+"""Policies: one file per kind, each published policy a few lines with its paper; a registry at the bottom."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moesim.policies.cache import CACHES
+from moesim.policies.placement import PLACEMENTS
+from moesim.policies.prefetch import PREFETCHERS
+
+REGISTRIES: Mapping[str, Mapping[str, type]] = {
+    "placement": PLACEMENTS,
+    "cache": CACHES,
+    "prefetch": PREFETCHERS,
+}
+"""Kind -> name -> class."""
+
+
+@dataclass(frozen=True)
+class Policies:
+    """The policies of a scenario, by name.
+
+    device_expert_fraction: share of each layer's experts that device memory holds; the others stay in host memory and
+        are copied when they are needed. 1 keeps all of them on the device.
+    """
+
+    placement: str = "contiguous"
+    cache: str = "lru"
+    prefetch: str = "none"
+    device_expert_fraction: float = 1.0
+
+
+__all__ = ["REGISTRIES", "Policies"]

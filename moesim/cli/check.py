@@ -1,0 +1,42 @@
+"""`moesim check`: find every mistake in scenario files, machines, models and traces without running anything."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command("check")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+def check_command(paths: tuple[Path, ...]) -> None:
+    """Check PATHS: scenarios and machines (.toml), traces (.parquet), models (config.json or its folder)."""
+    broken = 0
+    for path in paths:
+        try:
+            click.echo(f"{path}: {_check(path)}")
+        except ValueError as error:
+            broken += 1
+            text = str(error)
+            click.echo(f"error: {text if str(path) in text else f'{path}: {text}'}", err=True)
+    if broken:
+        sys.exit(2)
+
+
+def _check(path: Path) -> str:
+    """What the file is, in a few words, once nothing is wrong with it."""
+    from moesim.files import hardware, models, scenarios
+
+    if path.suffix == ".parquet":
+        trace = scenarios.load_trace(str(path))
+        return f"trace of {trace.num_tokens} tokens, {trace.num_layers} layers x {trace.num_experts} experts, top {trace.top_k}"
+    if path.suffix == ".json" or (path.is_dir() and (path / "config.json").exists()):
+        model = models.load_model(str(path))
+        return f"model with {model.num_params / 1e9:.2f} billion parameters"
+    values = scenarios.read_toml(path)
+    if "device" in values or "memory" in values:
+        cluster = hardware.load_cluster(str(path))
+        return f"machine with {cluster.num_ranks} x {cluster.device.name}"
+    loaded = scenarios.load_scenarios(path)
+    return f"scenario with {len(loaded)} set-up(s): {', '.join(s.name for s in loaded)}"

@@ -1,0 +1,110 @@
+"""`moesim list`: what comes with moesim."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+import click
+
+KINDS = ("models", "hardware", "policies", "traces", "studies")
+
+
+@click.command("list")
+@click.argument("kind", type=click.Choice(KINDS))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def list_command(kind: str, as_json: bool) -> None:
+    """List models, hardware, policies, traces or studies."""
+    rows = {
+        "models": _models,
+        "hardware": _hardware,
+        "policies": _policies,
+        "traces": _traces,
+        "studies": _studies,
+    }[kind]()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values()))
+    console = Console()
+    console.print(table, width=max(console.width, 100) if not console.is_terminal else None)
+
+
+def _models() -> list[dict[str, Any]]:
+    from moesim.files.models import load_model, preset_names
+
+    rows = []
+    for name in preset_names():
+        m = load_model(name)
+        e = m.experts if m.moe_layers else None
+        rows.append(
+            {
+                "model": name,
+                "params (B)": m.num_params / 1e9,
+                "active (B)": m.num_active_params / 1e9,
+                "layers": len(m.layers),
+                "MoE layers": len(m.moe_layers),
+                "experts": e.num_experts if e else 0,
+                "top k": e.top_k if e else 0,
+                "KV (KiB/token)": m.kv_bytes_per_token / 1024,
+                "weights (GiB)": m.weight_bytes / 2**30,
+            }
+        )
+    return rows
+
+
+def _hardware() -> list[dict[str, Any]]:
+    from moesim.files.hardware import device_names, hardware_names, load_cluster
+
+    rows = []
+    for name in [*hardware_names(), *(d for d in device_names() if d not in hardware_names())]:
+        c = load_cluster(name)
+        rows.append(
+            {
+                "machine": name,
+                "devices": c.num_ranks,
+                "device": c.device.name,
+                "memory (GiB)": c.device.memory.capacity_bytes / 2**30,
+                "memory (TB/s)": c.device.memory.bytes_per_s / 1e12,
+                "bf16 (TFLOP/s)": c.device.flops_per_s.get("bf16", c.device.flops_per_s.get("fp16", 0.0)) / 1e12,
+            }
+        )
+    return rows
+
+
+def _policies() -> list[dict[str, Any]]:
+    from moesim.policies import REGISTRIES
+
+    return [
+        {"kind": kind, "policy": name, "says": " ".join((cls.__doc__ or "").split())[:100]}
+        for kind, registry in REGISTRIES.items()
+        for name, cls in registry.items()
+    ]
+
+
+def _traces() -> list[dict[str, Any]]:
+    from moesim.files.scenarios import load_trace, trace_names
+
+    rows = []
+    for name in trace_names():
+        t = load_trace(name)
+        rows.append(
+            {
+                "trace": name, "origin": t.origin, "tokens": t.num_tokens, "MoE layers": t.num_layers,
+                "experts": t.num_experts, "top k": t.top_k, "model": t.model,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _studies() -> list[dict[str, Any]]:
+    found = sorted(p.name for p in resources.files("moesim.studies").iterdir() if p.name.endswith(".toml"))
+    return [{"study": f"studies/{name}"} for name in found]

@@ -1,0 +1,109 @@
+"""Seconds of computation on one device: rooflines with stated efficiencies.
+
+Every function takes arrays and returns seconds as arrays. `bound` chooses the efficiency: "value", or the "low" or
+"high" end of the range it is believed to lie in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.hardware import SOURCES, Device, Efficiency
+from moesim.model import BYTES_PER_PARAM
+
+Floats = NDArray[np.float64]
+
+UNKNOWN = Efficiency(0.6, 0.4, 0.8, "assumed", "nothing is known of this device")
+
+
+def efficiency(device: Device, kind: str, bound: str) -> float:
+    """Achieved fraction of the peak for one kind of work."""
+    return float(getattr(device.efficiency.get(kind, UNKNOWN), bound))
+
+
+def source(device: Device, *kinds: str) -> int:
+    """Index in `SOURCES` of the weakest number behind a time made of those kinds of work."""
+    return max(SOURCES.index(device.efficiency.get(kind, UNKNOWN).source) for kind in kinds)
+
+
+def arithmetic_flops_per_s(device: Device, weight_dtype: str) -> float:
+    """Peak of the arithmetic that runs on weights of that format.
+
+    Weights in fp8 and int8 multiply in their own format where the device has it; 4-bit and ternary weights are
+    widened first.
+
+    Raises:
+        ValueError: the device has no peak that would do.
+    """
+    native = {"fp8_block": "fp8", "fp8": "fp8", "int8": "int8", "fp32": "fp32"}.get(weight_dtype, "bf16")
+    for dtype in (native, "bf16", "fp16", "fp32"):
+        if dtype in device.flops_per_s:
+            return device.flops_per_s[dtype]
+    raise ValueError(
+        f"device {device.name!r}: flops_per_s has no peak for {weight_dtype} weights (given: "
+        f"{', '.join(device.flops_per_s) or 'none'}); add bf16, fp16 or fp32"
+    )
+
+
+def gemm_s(
+    flops: Floats,
+    num_bytes: Floats,
+    device: Device,
+    weight_dtype: str,
+    kind: str = "gemm",
+    bound: str = "value",
+) -> Floats:
+    """A matrix product: the slower of arithmetic and memory.
+
+    seconds = max(flops / (peak x efficiency), num_bytes / (bandwidth x memory efficiency))
+
+    Source: Williams, Waterman, Patterson, Roofline, CACM 2009.
+    Holds for: products large enough to fill the device; smaller ones are in the efficiency's range.
+
+    >>> from moesim.hardware import MemoryTier
+    >>> one = Efficiency(1.0, 1.0, 1.0)
+    >>> gpu = Device("x", "gpu", MemoryTier(1e9, 10.0), {"bf16": 100.0}, efficiency={"gemm": one, "memory": one})
+    >>> gemm_s(np.array([200.0, 200.0]), np.array([10.0, 50.0]), gpu, "bf16").tolist()
+    [2.0, 5.0]
+    """
+    compute = np.asarray(flops) / (arithmetic_flops_per_s(device, weight_dtype) * efficiency(device, kind, bound))
+    memory = np.asarray(num_bytes) / (device.memory.bytes_per_s * efficiency(device, "memory", bound))
+    return np.maximum(compute, memory)
+
+
+def experts_s(
+    load_LRS: NDArray[np.int32],
+    params: Mapping[str, float],
+    hidden_size: int,
+    device: Device,
+    weight_dtype: str,
+    bound: str = "value",
+) -> Floats:
+    """Grouped GEMM of the experts on each rank, [L, R]: experts one after another, each on its own roofline.
+
+    seconds = sum over slots of max(2 params n / peak, (bytes [n > 0] + 2 hidden 2 n) / bandwidth), n tokens in the slot
+
+    Args:
+        load_LRS: tokens in each slot.
+        params: "count" parameters of one expert's slice on a rank.
+        hidden_size: width of the rows read and written, 2 bytes each.
+
+    Source: the weight traffic of cold experts sets the time in decode (MegaBlocks, arXiv 2211.15841, section 5).
+    Holds for: one kernel over all experts of a rank; tile padding is in the efficiency.
+    """
+    load = load_LRS.astype(np.float64)
+    flops = 2.0 * params["count"] * load
+    num_bytes = params["count"] * BYTES_PER_PARAM[weight_dtype] * (load > 0) + 4.0 * hidden_size * load
+    seconds = gemm_s(flops, num_bytes, device, weight_dtype, "grouped_gemm", bound).sum(axis=-1)
+    return np.asarray(seconds + 2 * device.launch_s * (load.sum(axis=-1) > 0))
+
+
+def attention_core_s(score_flops: Floats, num_bytes: Floats, device: Device, bound: str = "value") -> Floats:
+    """Scores and weighted sum over the cache: the slower of arithmetic in 16 bits and reading keys and values.
+
+    Source: FlashAttention (arXiv 2205.14135): nothing but q, k, v and the output moves.
+    """
+    return gemm_s(score_flops, num_bytes, device, "bf16", "attention", bound)

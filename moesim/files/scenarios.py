@@ -1,0 +1,263 @@
+"""Scenario files: one TOML with a base set-up and others beside it, read strictly.
+
+Every mistake of a file is found before anything is reported: unknown keys, wrong types, names that do not exist, and
+rules that the parts break together.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moesim.files.hardware import load_cluster
+from moesim.files.keys import nearest
+from moesim.files.models import load_model
+from moesim.files.traces import read_trace
+from moesim.layout import AttentionGrid, ExpertGrid, Layout
+from moesim.model import BYTES_PER_PARAM, Dtypes
+from moesim.policies import Policies
+from moesim.routing.trace import RoutingTrace
+from moesim.scenario import Scenario
+from moesim.workload import Workload
+
+T = TypeVar("T")
+_SCALARS = ("name", "model", "hardware", "trace", "engine", "seed")
+_TABLES: dict[str, type] = {"layout": Layout, "workload": Workload, "policies": Policies, "dtypes": Dtypes}
+
+
+def trace_names() -> tuple[str, ...]:
+    """Names of the traces that come with moesim."""
+    return tuple(sorted(p.name[:-8] for p in resources.files("moesim.traces").iterdir() if p.name.endswith(".parquet")))
+
+
+def load_trace(name_or_path: str, folder: Path | None = None) -> RoutingTrace:
+    """A packaged trace by name, or a Parquet file (looked for in `folder` first, where one is given).
+
+    Raises:
+        ValueError: neither exists, or the file has mistakes: all of them in one message.
+    """
+    if name_or_path in trace_names():
+        with resources.as_file(resources.files("moesim.traces") / f"{name_or_path}.parquet") as path:
+            return read_trace(path)
+    path = _beside(name_or_path, folder)
+    if not path.exists() and path.suffix != ".parquet":
+        raise ValueError(
+            f"no trace {name_or_path!r}; give a .parquet file, or a packaged one: {nearest(name_or_path, trace_names())}"
+        )
+    return read_trace(path)
+
+
+def load_scenarios(path: str | Path, changes: Sequence[str] = ()) -> list[Scenario]:
+    """Read a scenario file: the base first, then each set-up of `[beside]`.
+
+    Args:
+        changes: "path.to.key=value" each, TOML values, applied to the base before the others are derived from it.
+
+    Raises:
+        ValueError: one message with every mistake in the file.
+    """
+    path = Path(path)
+    values = read_toml(path)
+    mistakes: list[str] = []
+    for change in changes:
+        _apply(values, change, mistakes)
+    beside = values.pop("beside", {})
+    values.setdefault("name", path.stem)
+    variants: list[tuple[str, dict[str, Any]]] = [("", values)]
+    if not isinstance(beside, dict):
+        mistakes.append(f"beside: must hold tables, one for each further set-up, not {beside!r}")
+        beside = {}
+    for name, override in beside.items():
+        if not isinstance(override, dict):
+            mistakes.append(f"beside.{name}: must be a table, not {override!r}")
+            continue
+        variants.append((f"beside.{name}.", _merged(values, {"name": name, **override})))
+    loaded: dict[tuple[str, str], Any] = {}
+    scenarios = [_build(variant, prefix, path.parent, loaded, mistakes) for prefix, variant in variants]
+    if mistakes:
+        lines = "\n".join(f"  - {m}" for m in dict.fromkeys(mistakes))
+        raise ValueError(f"{path}: {len(dict.fromkeys(mistakes))} mistake(s)\n{lines}")
+    return [scenario for scenario in scenarios if scenario is not None]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ValueError: it is not there, a directory, empty, or not TOML.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory; give a .toml file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if not text.strip():
+        raise ValueError(f"{path}: is empty; a scenario needs at least model, hardware, trace, [layout] and [workload]")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+
+
+def _apply(values: dict[str, Any], change: str, mistakes: list[str]) -> None:
+    """Carry out one --set."""
+    key, equals, text = change.partition("=")
+    if not equals or not key.strip():
+        mistakes.append(f"--set {change}: must be path=value, as in workload.num_requests=64")
+        return
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, last = key.strip().split(".")
+    for name in tables:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            mistakes.append(f"--set {change}: {name} is not a table")
+            return
+        values = inner
+    values[last] = value
+
+
+def _merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    result = copy.deepcopy(dict(base))
+    for key, value in override.items():
+        inner = result.get(key)
+        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _build(
+    values: dict[str, Any], prefix: str, folder: Path, loaded: dict[tuple[str, str], Any], mistakes: list[str]
+) -> Scenario | None:
+    """One set-up; None where anything is wrong with it (then `mistakes` says what)."""
+    before = len(mistakes)
+    for key in values:
+        if key not in _SCALARS and key not in _TABLES:
+            mistakes.append(f"{prefix}{key}: unknown key; {nearest(key, [*_SCALARS, *_TABLES, 'beside'])}")
+    parts: dict[str, Any] = {}
+    loaders: dict[str, Callable[[str], Any]] = {
+        "model": lambda text: load_model(_existing(text, folder)),
+        "hardware": lambda text: load_cluster(_existing(text, folder)),
+        "trace": lambda text: load_trace(text, folder),
+    }
+    for key, load in loaders.items():
+        text = values.get(key)
+        if not isinstance(text, str) or not text:
+            given = "is missing" if text is None else f"must be a name or a path, not {text!r}"
+            mistakes.append(f"{prefix}{key}: {given}; see `moesim list`")
+            continue
+        if (key, text) not in loaded:
+            try:
+                loaded[key, text] = load(text)
+            except ValueError as error:
+                loaded[key, text] = error
+        parts[key] = loaded[key, text]
+        if isinstance(parts[key], ValueError):
+            mistakes.append(
+                f"{prefix if key in prefix else ''}{key}: {str(parts[key]).replace(chr(10), chr(10) + '    ')}"
+            )
+    for key, cls in _TABLES.items():
+        if key in values or key == "workload":
+            parts[key] = structure(cls, values.get(key, {}), f"{prefix}{key}", mistakes)
+    seed, engine = values.get("seed", 0), values.get("engine", "simulate")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        mistakes.append(f"{prefix}seed: must be a whole number of 0 or more, not {seed!r}")
+    if len(mistakes) > before:
+        return None
+    model = parts["model"]
+    if "dtypes" in parts:
+        given = values["dtypes"]
+        for part, dtype in given.items():
+            if dtype not in BYTES_PER_PARAM:
+                mistakes.append(
+                    f"{prefix}dtypes.{part}: unknown format {dtype!r}; {nearest(str(dtype), BYTES_PER_PARAM)}"
+                )
+        model = dataclasses.replace(model, dtypes=dataclasses.replace(model.dtypes, **given))
+    if len(mistakes) > before:
+        return None
+    scenario = Scenario(
+        name=str(values["name"]),
+        model=model,
+        cluster=parts["hardware"],
+        layout=parts.get("layout", Layout(AttentionGrid(), ExpertGrid())),
+        workload=parts["workload"],
+        trace=parts["trace"],
+        policies=parts.get("policies", Policies()),
+        engine=engine,
+        seed=seed,
+        plain=values,
+    )
+    found = scenario.mistakes()
+    mistakes += [f"{prefix}{mistake}" for mistake in found]
+    return None if found else scenario
+
+
+def structure(cls: type[T], values: Any, where: str, mistakes: list[str]) -> T | None:
+    """A dataclass from a table; unknown keys, missing keys and wrong types are added to `mistakes`."""
+    if not isinstance(values, dict):
+        mistakes.append(f"{where}: must be a table, not {values!r}")
+        return None
+    before = len(mistakes)
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            mistakes.append(f"{where}.{key}: unknown key; {nearest(key, fields)}")
+    built: dict[str, Any] = {}
+    for name, item in fields.items():
+        if name not in values:
+            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+                mistakes.append(f"{where}.{name}: is missing; give {_wanted(hints[name])}")
+            continue
+        value, hint = values[name], hints[name]
+        if dataclasses.is_dataclass(hint):
+            built[name] = structure(typing.cast(type, hint), value, f"{where}.{name}", mistakes)
+        elif _fits(value, hint):
+            built[name] = value
+        else:
+            mistakes.append(f"{where}.{name}: must be {_wanted(hint)}, not {value!r}")
+    return None if len(mistakes) > before else cls(**built)
+
+
+def _options(hint: Any) -> tuple[type, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, bool):
+        return bool in _options(hint)
+    kinds = tuple((int, float) if kind is float else (kind,) for kind in _options(hint))
+    return isinstance(value, tuple(k for group in kinds for k in group))
+
+
+def _wanted(hint: Any) -> str:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        type(None): "nothing",
+    }
+    return " or ".join(names.get(kind, "a table") for kind in _options(hint))
+
+
+def _beside(text: str, folder: Path | None) -> Path:
+    path = Path(text)
+    return folder / path if folder is not None and not path.is_absolute() and (folder / path).exists() else path
+
+
+def _existing(text: str, folder: Path) -> str:
+    """A path next to the scenario file, where there is one of that name with a suffix; the text itself otherwise."""
+    looks_like_path = "/" in text or text.endswith((".toml", ".json"))
+    return str(_beside(text, folder)) if looks_like_path else text

@@ -1,0 +1,179 @@
+"""Routing traces as Parquet: one row per (token, layer), so that a trace opens in any table tool.
+
+Rows are sorted by (request, position, layer). What is true of the whole trace (name, model, origin, number of
+experts, provenance) is JSON in the schema metadata under the key `moesim`. The reader believes nothing: it
+checks every rule and reports all mistakes of a file at once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moesim.files.trace_rules import trace_mistakes
+from moesim.files.trace_table import (
+    column_mistakes,
+    find_layers,
+    header_facts,
+    layer_mistakes,
+    read_header,
+    to_table,
+    to_trace,
+)
+from moesim.routing.trace import RoutingTrace
+
+ROWS_PER_GROUP = 1 << 18
+
+
+def write_trace(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
+    """Write `trace` to `path`; the file appears whole or not at all.
+
+    Raises:
+        ValueError: the trace breaks a rule (all mistakes are listed), or the file cannot be written.
+    """
+    with TraceWriter(path) as writer:
+        writer.append(trace)
+
+
+class TraceWriter:
+    """Writes a trace in parts, in memory bounded by one part.
+
+    The rows lie in a temporary file beside `path` until the `with` block ends well; then it takes the name.
+    The first part fixes the header, the layers and the columns; a later part must agree and hold later
+    requests only.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._writer: pq.ParquetWriter | None = None
+        self._first: tuple[object, ...] = ()
+        self._last_request = -1
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def append(self, part: RoutingTrace) -> None:
+        """Write the rows of `part`.
+
+        Raises:
+            ValueError: the part breaks a rule, disagrees with the first one, or the file cannot be written.
+        """
+        mistakes = trace_mistakes(part) or self._disagreements(part)
+        if mistakes:
+            raise ValueError(_report(self.path, mistakes))
+        table = to_table(part)
+        try:
+            if self._writer is None:
+                self._writer = _open(self._temporary, table.schema)
+            self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{self.path}: cannot write the trace: {error}; choose a writable folder") from error
+        self._first = self._first or _agreed(part)
+        self._last_request = int(part.request_T[-1])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if kind is not None:
+            self._temporary.unlink(missing_ok=True)
+        elif self._writer is None:
+            raise ValueError(f"{self.path}: the trace is empty; append at least one part before closing")
+        else:
+            try:
+                self._temporary.replace(self.path)
+            except OSError as problem:
+                self._temporary.unlink(missing_ok=True)
+                raise ValueError(f"{self.path}: cannot write the trace: {problem}; choose a file name") from problem
+
+    def _disagreements(self, part: RoutingTrace) -> list[str]:
+        if not self._first:
+            return []
+        names = (
+            "header",
+            "layers",
+            "experts per token and id type",
+            "weights column",
+            "predicted_ids column",
+        )
+        found = [
+            f"{name}: every part must agree with the first, {first!r}; given {given!r}"
+            for name, first, given in zip(names, self._first, _agreed(part), strict=True)
+            if first != given
+        ]
+        if part.request_T[0] <= self._last_request:
+            found.append(
+                f"column request: a part must hold later requests than {self._last_request}, the last "
+                "one written; "
+                f"given {part.request_T[0]}; append whole requests in order"
+            )
+        return found
+
+
+def read_trace(path: str | os.PathLike[str]) -> RoutingTrace:
+    """The trace in the file `path`, checked against every rule.
+
+    Raises:
+        ValueError: the file is missing, is no trace, or breaks rules; all mistakes are listed, one a line,
+            with column, row, the rule, what was given and what would do.
+    """
+    path = Path(path)
+    table = _load(path)
+    header, mistakes = read_header(table.schema.metadata)
+    mistakes += column_mistakes(table)
+    if not mistakes and table.num_rows == 0:
+        mistakes = ["the trace is empty (no rows); capture some tokens"]
+    if not mistakes:
+        layers, mistakes = find_layers(table)
+    if not mistakes:
+        mistakes = layer_mistakes(table, len(layers))
+    if mistakes:
+        raise ValueError(_report(path, mistakes))
+    trace = to_trace(table, header, layers)
+    if mistakes := trace_mistakes(trace):
+        raise ValueError(_report(path, mistakes))
+    return trace
+
+
+def _report(path: Path, mistakes: list[str]) -> str:
+    lines = "\n".join(f"  {mistake}" for mistake in mistakes)
+    count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    return f"{path}: not a right routing trace, {count}:\n{lines}"
+
+
+def _load(path: Path) -> pa.Table:
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; give the name of a .parquet file in it")
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; `moesim list traces` names the traces that come with moesim")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty; write the trace again")
+    try:
+        table = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read()
+        table.validate(full=True)
+        return table
+    except (OSError, ValueError, pa.ArrowException) as error:  # damage shows as any of them
+        raise ValueError(f"{path}: not a whole Parquet file ({error}); write the trace again") from error
+
+
+def _open(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(
+        path, schema, compression="zstd", compression_level=9, write_statistics=False, write_page_checksum=True
+    )
+
+
+def _agreed(trace: RoutingTrace) -> tuple[object, ...]:
+    """What the parts of one file share."""
+    return (
+        header_facts(trace),
+        trace.layers,
+        (trace.top_k, str(trace.expert_ids_TLK.dtype)),
+        trace.weights_TLK is not None,
+        None if trace.predicted_TLK is None else str(trace.predicted_TLK.dtype),
+    )

@@ -1,0 +1,129 @@
+"""Who holds what: two rank grids over the same ranks (attention, experts), and the placement of experts.
+
+Ranks are numbered with the last axis fastest: rank = (dp, tp) for attention, (edp, ep, etp) for experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.model import Attention, LatentAttention, ModelSpec
+
+
+@dataclass(frozen=True)
+class AttentionGrid:
+    """Data-parallel groups of tensor-parallel ranks."""
+
+    dp: int = 1
+    tp: int = 1
+
+
+@dataclass(frozen=True)
+class ExpertGrid:
+    """Replicated (edp) groups of expert-parallel (ep) ranks, each expert cut in `etp` slices."""
+
+    edp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies on R ranks.
+
+    num_redundant_experts: physical copies beyond E in each expert-parallel group.
+    """
+
+    attention: AttentionGrid = field(default_factory=AttentionGrid)
+    experts: ExpertGrid = field(default_factory=ExpertGrid)
+    num_redundant_experts: int = 0
+
+    @property
+    def num_ranks(self) -> int:
+        """R."""
+        return self.attention.dp * self.attention.tp
+
+    def mistakes(self, model: ModelSpec, num_ranks: int) -> list[str]:
+        """What keeps this layout from fitting the model and the machine: one sentence per broken rule."""
+        found = []
+        a, e = self.attention, self.experts
+        for key, value in [*vars(a).items(), *vars(e).items()]:
+            if value < 1:
+                found.append(f"layout: {key} must be at least 1, given {value}")
+        if self.num_redundant_experts < 0:
+            found.append(f"layout: num_redundant_experts must be 0 or more, given {self.num_redundant_experts}")
+        if found:
+            return found
+        if a.dp * a.tp != num_ranks:
+            found.append(
+                f"layout.attention: dp x tp must equal the {num_ranks} devices of the machine, given "
+                f"{a.dp} x {a.tp} = {a.dp * a.tp}"
+            )
+        if e.edp * e.ep * e.etp != a.dp * a.tp:
+            found.append(
+                f"layout.experts: edp x ep x etp must equal dp x tp = {a.dp * a.tp}, given "
+                f"{e.edp} x {e.ep} x {e.etp} = {e.edp * e.ep * e.etp}"
+            )
+        if e.ep > 1 and e.etp > 1:
+            found.append("layout.experts: ep and etp are both above 1; set one of them to 1 (slices of spread experts)")
+        if e.ep == 1 and e.etp != a.tp:
+            found.append(
+                f"layout.experts: with ep = 1 each tensor-parallel group holds all experts, so etp must be tp = "
+                f"{a.tp}, given {e.etp}"
+            )
+        for mixer in {layer.mixer for layer in model.layers}:
+            if isinstance(mixer, Attention | LatentAttention) and mixer.num_heads % a.tp:
+                found.append(
+                    f"layout.attention: tp = {a.tp} does not divide the {mixer.num_heads} heads of {model.name}"
+                )
+                break
+        if model.moe_layers:
+            routed = model.experts
+            slots = routed.num_experts + self.num_redundant_experts
+            if slots % e.ep:
+                fit = -routed.num_experts % e.ep
+                found.append(
+                    f"layout.experts: ep = {e.ep} does not divide {routed.num_experts} experts + "
+                    f"{self.num_redundant_experts} redundant = {slots}; num_redundant_experts = {fit} would do"
+                )
+            if any(width % e.etp for width in routed.expert_widths):
+                found.append(f"layout.experts: etp = {e.etp} does not divide the experts' width")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Physical expert slots of one expert-parallel group.
+
+    slot_expert_LP: int32 [L, P], the expert in each slot; slots of one rank are neighbours, P / ep of them.
+    """
+
+    slot_expert_LP: NDArray[np.int32]
+    ep: int
+
+    def replicas(self, num_experts: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Slots of each expert and how many there are.
+
+        Returns:
+            slots_LEX int32 [L, E, X], padded with -1, and num_replicas_LE int32 [L, E].
+
+        Raises:
+            ValueError: an expert has no slot in some layer.
+        """
+        num_layers, num_slots = self.slot_expert_LP.shape
+        count_LE = np.zeros((num_layers, num_experts), np.int32)
+        np.add.at(count_LE, (np.arange(num_layers)[:, None], self.slot_expert_LP), 1)
+        if (count_LE == 0).any():
+            layer, expert = np.argwhere(count_LE == 0)[0]
+            raise ValueError(f"placement: expert {expert} of MoE layer {layer} has no slot on any rank")
+        slots_LEX = np.full((num_layers, num_experts, int(count_LE.max())), -1, np.int32)
+        filled_LE = np.zeros_like(count_LE)
+        layers = np.arange(num_layers)
+        for slot in range(num_slots):
+            expert_L = self.slot_expert_LP[:, slot]
+            slots_LEX[layers, expert_L, filled_LE[layers, expert_L]] = slot
+            filled_LE[layers, expert_L] += 1
+        return slots_LEX, count_LE

@@ -1,0 +1,247 @@
+"""Lowering a forward iteration (prefill or decode): the program once, its costs for every batch.
+
+Per layer, on each rank: attention; with tensor parallelism an all-reduce; then a dense network, or router, dispatch,
+shared experts beside it, experts, combine. With tp > 1 and spread experts the all-reduce is cut in its two halves,
+around the experts, and each rank dispatches its share of the group's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.costs import compute, network
+from moesim.hardware import Cluster
+from moesim.layout import Layout
+from moesim.model import BYTES_PER_PARAM, Attention, Dense, Experts, LatentAttention, Mamba, Mixer, ModelSpec
+from moesim.program.operation import Costs, Draft, Fragment, Program
+from moesim.routing.counting import Counts
+
+Floats = NDArray[np.float64]
+Expand = Callable[[int, int, int], Fragment]
+"""(MoE layer, id of the choice, id of the fragment's first operation) -> fragment."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The work of one iteration.
+
+    Attributes:
+        phase: "prefill" or "decode".
+        lengths_Q: tokens of each request: the prompt (prefill), or the context it looks back on (decode).
+        group_Q: data-parallel group of each request.
+        rows_B: row of the trace for each token.
+        group_B: data-parallel group of each token.
+    """
+
+    phase: str
+    lengths_Q: NDArray[np.int64]
+    group_Q: NDArray[np.int64]
+    rows_B: NDArray[np.int64]
+    group_B: NDArray[np.int64]
+
+    def pairs_D(self, num_groups: int, window: int | None) -> Floats:
+        """Query-key pairs of one layer in each group: causal in prefill, the whole context in decode."""
+        n = self.lengths_Q.astype(np.float64)
+        if self.phase == "decode":
+            pairs = n if window is None else np.minimum(n, window)
+        else:
+            w = n if window is None else np.minimum(n, window)
+            pairs = n * w - w * (w - 1) / 2
+        return np.bincount(self.group_Q, pairs, num_groups).astype(np.float64)
+
+    def kept_D(self, num_groups: int, window: int | None) -> Floats:
+        """Cached tokens that the requests of each group read."""
+        n = self.lengths_Q if window is None else np.minimum(self.lengths_Q, window)
+        return np.bincount(self.group_Q, n, num_groups).astype(np.float64)
+
+
+class Forward:
+    """One model on one layout: a program, and its price for any batch.
+
+    Args:
+        expand: where given, experts are not one operation but a choice that falls when the router is done.
+    """
+
+    def __init__(self, model: ModelSpec, cluster: Cluster, layout: Layout, expand: Expand | None = None) -> None:
+        self.model, self.cluster, self.layout = model, cluster, layout
+        self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
+        self._rows: dict[str, list[int]] = {}
+        self.program = self._lower(expand)
+
+    def _lower(self, expand: Expand | None) -> Program:
+        ranks = np.arange(self.layout.num_ranks, dtype=np.int32)
+        groups = {"tp": ranks // self._tp, "ep": ranks // (self.layout.experts.ep * self.layout.experts.etp)}
+        draft = Draft(len(ranks), groups)
+
+        def add(name: str, layer: int, resource: str, group: str = "rank", after: tuple[int, ...] = ()) -> int:
+            op = draft.add(name, layer, resource, group, after)
+            self._rows.setdefault(name, []).append(op)
+            return op
+
+        last = add("embedding and head", -1, "compute")
+        moe_layer = 0
+        for i, layer in enumerate(self.model.layers):
+            routed = isinstance(layer.ffn, Experts)
+            if layer.mixer:
+                last = add("attention", i, "compute", after=(last,))
+                if self._tp > 1:
+                    name = "reduce-scatter" if routed and self._spread else "all-reduce"
+                    last = add(name, i, "network", "tp", (last,))
+            if isinstance(layer.ffn, Dense):
+                last = add("dense ffn", i, "compute", after=(last,))
+                if self._tp > 1:
+                    last = add("all-reduce", i, "network", "tp", (last,))
+            elif isinstance(layer.ffn, Experts):
+                last = self._lower_experts(draft, add, layer.ffn, i, moe_layer, last, expand)
+                moe_layer += 1
+        return draft.program()
+
+    def _lower_experts(
+        self, draft: Draft, add: Callable[..., int], ffn: Experts, i: int, moe_layer: int, last: int,
+        expand: Expand | None,
+    ) -> int:  # fmt: skip
+        router = last = add("router", i, "compute", after=(last,))
+        if self._spread:
+            last = add("dispatch", i, "network", "ep", (router,))
+        if ffn.shared_width or ffn.residual_width:
+            shared = add("shared experts", i, "compute", after=(router,))
+            waits: tuple[int, ...] = (last, shared)
+        else:
+            waits = (last,)
+        if expand is not None:
+            last = draft.choose("fetch", i, 0, partial(expand, moe_layer), waits)
+        else:
+            last = add("experts", i, "compute", after=waits)
+        if self._spread:
+            last = add("combine", i, "network", "ep", (last,))
+            return add("all-gather", i, "network", "tp", (last,)) if self._tp > 1 else last
+        return add("all-reduce", i, "network", "tp", (last,)) if self._tp > 1 else last
+
+    def price(self, batch: Batch, counts: Counts | None, bound: str = "value") -> Costs:
+        """Seconds and bytes of every operation for one batch.
+
+        Args:
+            counts: of the batch's tokens over the expert ranks (over data-parallel groups where ep = 1); None where
+                experts are priced as the step runs.
+            bound: which end of the believed efficiencies to use.
+        """
+        num_ops, num_ranks = len(self.program.operations), self.program.num_ranks
+        costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros(num_ops, np.int8))
+        tokens_D = np.bincount(batch.group_B, minlength=self._dp).astype(np.float64)
+        device, cluster = self.cluster.device, self.cluster
+
+        def put(name: str, seconds: Floats, kinds: tuple[str, ...], num_bytes: Floats | float = 0.0) -> None:
+            if name in self._rows:
+                costs.seconds_NR[self._rows[name]] = seconds
+                costs.bytes_NR[self._rows[name]] = num_bytes
+                costs.source_N[self._rows[name]] = compute.source(device, *kinds)
+
+        per_mixer: dict[Mixer, Floats] = {}
+        attention, dense = [], []
+        for layer in self.model.layers:
+            if layer.mixer:
+                if layer.mixer not in per_mixer:
+                    per_mixer[layer.mixer] = self._attention_D(layer.mixer, batch, tokens_D, bound)
+                attention.append(per_mixer[layer.mixer])
+            if isinstance(layer.ffn, Dense):
+                dense.append(self._linear_D(layer.ffn.num_params(self.model.hidden_size), tokens_D, bound, 3))
+        if attention:
+            put("attention", np.repeat(np.array(attention), self._tp, axis=1), ("gemm", "attention", "memory"))
+        if dense:
+            put("dense ffn", np.repeat(np.array(dense), self._tp, axis=1), ("gemm", "memory"))
+        put("embedding and head", self._head_R(batch, bound), ("gemm", "memory"))
+        rows_bytes_R = np.repeat(tokens_D, self._tp) * self.model.hidden_size * self._activation_bytes
+        if self._tp > 1:
+            moved = rows_bytes_R * (self._tp - 1) / self._tp
+            put(
+                "all-reduce",
+                network.all_reduce_s(rows_bytes_R, self._tp, cluster, bound),
+                ("network",),
+                2 * moved,
+            )
+            for name in ("reduce-scatter", "all-gather"):
+                put(
+                    name,
+                    network.half_all_reduce_s(rows_bytes_R, self._tp, cluster, bound),
+                    ("network",),
+                    moved,
+                )
+        if self.model.moe_layers:
+            self._price_experts(put, counts, tokens_D, bound)
+        return costs
+
+    @property
+    def _activation_bytes(self) -> float:
+        return BYTES_PER_PARAM[self.model.dtypes.activation]
+
+    def _price_experts(self, put: Callable[..., None], counts: Counts | None, tokens_D: Floats, bound: str) -> None:
+        ffn, h, device = self.model.experts, self.model.hidden_size, self.cluster.device
+        own_R = np.repeat(tokens_D, self._tp) / (self._tp if self._spread else 1)
+        router = 2 * ffn.router_params(h) * own_R
+        router_bytes = ffn.router_params(h) * BYTES_PER_PARAM[self.model.dtypes.dense] + 2.0 * h * own_R
+        seconds = compute.gemm_s(router, router_bytes, device, "bf16", bound=bound) + 2 * device.launch_s
+        put("router", seconds, ("gemm", "memory"))
+        shared = ffn.shared_params(h) / (1 if self._spread else self._tp)
+        seconds = self._rows_s(shared, own_R, self.model.dtypes.dense, bound) + 3 * device.launch_s
+        put("shared experts", seconds, ("gemm", "memory"))
+        if counts is None:
+            return
+        params = {"count": ffn.expert_params(h, max(ffn.expert_widths)) / self.layout.experts.etp}
+        seconds_LR = compute.experts_s(counts.load_LRS, params, h, device, self.model.dtypes.experts, bound)
+        if not self._spread:
+            seconds_LR = np.repeat(seconds_LR, self._tp, axis=1)
+        put("experts", seconds_LR, ("grouped_gemm", "memory"))
+        if self._spread:
+            sizes = {"dispatch": h * self._dispatch_bytes, "combine": h * self._activation_bytes}
+            for name, token_bytes in sizes.items():
+                traffic = counts.traffic_CLR if name == "dispatch" else counts.traffic_CLR[[2, 3, 0, 1]]
+                seconds_LR = network.all_to_all_s(traffic, token_bytes, self.cluster, bound)
+                put(name, seconds_LR, ("network",), (traffic[0] + traffic[1]) * token_bytes)
+
+    @property
+    def _dispatch_bytes(self) -> float:
+        """Bytes per value sent to the experts: fp8 experts take fp8 rows (DeepSeek-V3), others the activation's."""
+        return BYTES_PER_PARAM["fp8_block"] if self.model.dtypes.experts == "fp8_block" else self._activation_bytes
+
+    def _rows_s(self, params: float, tokens: Floats, dtype: str, bound: str) -> Floats:
+        num_bytes = params * BYTES_PER_PARAM[dtype] + 2 * tokens * self.model.hidden_size * self._activation_bytes
+        return compute.gemm_s(2 * params * tokens, num_bytes, self.cluster.device, dtype, bound=bound)
+
+    def _linear_D(self, params: int, tokens_D: Floats, bound: str, launches: int) -> Floats:
+        seconds = self._rows_s(params / self._tp, tokens_D, self.model.dtypes.dense, bound)
+        return seconds + launches * self.cluster.device.launch_s
+
+    def _head_R(self, batch: Batch, bound: str) -> Floats:
+        """Output head over the last token of each request, cut by tp."""
+        requests_D = np.bincount(batch.group_Q, minlength=self._dp).astype(np.float64)
+        params = self.model.vocab_size * self.model.hidden_size / self._tp
+        seconds = self._rows_s(params, requests_D, self.model.dtypes.embedding, bound)
+        return np.repeat(seconds + 2 * self.cluster.device.launch_s, self._tp)
+
+    def _attention_D(self, mixer: Mixer, batch: Batch, tokens_D: Floats, bound: str) -> Floats:
+        """Projections plus core of one layer, for each data-parallel group (each of its ranks alike)."""
+        tp, device, kv_bytes = self._tp, self.cluster.device, BYTES_PER_PARAM[self.model.dtypes.kv]
+        h = self.model.hidden_size
+        seconds = self._rows_s(mixer.num_params(h) / tp, tokens_D, self.model.dtypes.attention, bound)
+        pairs_D, kept_D = batch.pairs_D(self._dp, mixer.window), batch.kept_D(self._dp, mixer.window)
+        cache_bytes = kept_D * mixer.kv_values_per_token() * kv_bytes
+        if isinstance(mixer, Attention):
+            flops = 4.0 * mixer.num_heads * mixer.head_dim * pairs_D / tp
+            cache_bytes = cache_bytes / min(tp, mixer.num_kv_heads)
+        elif isinstance(mixer, LatentAttention):
+            absorbed = 2 * mixer.kv_lora_rank + mixer.qk_rope_head_dim
+            width = absorbed if batch.phase == "decode" else mixer.head_dim + mixer.v_head_dim
+            flops = 2.0 * mixer.num_heads * width * pairs_D / tp
+        else:
+            inner = mixer.expand * h if isinstance(mixer, Mamba) else mixer.num_heads * mixer.value_head_dim
+            depth = mixer.state_size if isinstance(mixer, Mamba) else mixer.key_head_dim
+            flops = 6.0 * inner * depth * tokens_D / tp
+            requests_D = np.bincount(batch.group_Q, minlength=self._dp)
+            cache_bytes = 2.0 * requests_D * mixer.state_values(h) * kv_bytes / tp
+        seconds = seconds + compute.attention_core_s(flops, cache_bytes, device, bound)
+        return np.asarray(seconds + (7 if isinstance(mixer, LatentAttention) else 4) * device.launch_s)

@@ -1,0 +1,180 @@
+"""The program: one step of a model on a layout as operations that wait for each other.
+
+An `Operation` runs on the ranks of its groups. A *group* is a set of ranks that start it together: every rank alone for
+computation, all ranks of an expert-parallel group for a dispatch, a sender and a receiver for a transfer between
+pipeline stages. It starts in a group when, on each member, everything it waits for there has finished. Streams run in
+order because the lowering adds the stream's previous operation to what the next one waits for; so a resource that only
+one rank uses never queues, and only resources named in `Program.shared` need a queue at all.
+
+What is not known before the step runs (which experts miss the cache) is a `Choice`: when what it waits for has
+finished, it is asked for a `Fragment`, operations that take its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One thing that takes time.
+
+    Attributes:
+        name: part of the step, as in the breakdown: "attention", "dispatch", "experts", ...
+        layer: index in the model, -1 outside the layers.
+        resource: stream of each rank ("compute", "network", "h2d"), or a key of `Program.shared`.
+        group: key of `Program.groups`.
+        after: ids of the operations it waits for, rank by rank.
+    """
+
+    name: str
+    layer: int
+    resource: str
+    group: str
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Operations that a choice turned into, on its rank; their ids follow on from `first_id`.
+
+    join: ids that must finish before the choice counts as finished.
+    """
+
+    operations: tuple[Operation, ...]
+    seconds: tuple[float, ...]
+    num_bytes: tuple[float, ...]
+    sources: tuple[int, ...]
+    join: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision that falls while the step runs, on one rank.
+
+    expand(id, first_id): the fragment; `id` is the choice's own, `first_id` the id of the fragment's first operation.
+    """
+
+    name: str
+    layer: int
+    rank: int
+    after: tuple[int, ...]
+    expand: Callable[[int, int], Fragment] = field(compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """N operations over R ranks, in an order in which nothing waits for a later one.
+
+    groups: name -> int32 [R], the group each rank belongs to, -1 for a rank that takes no part.
+    shared: resources that several ranks use, name -> how many operations it can serve at once.
+    """
+
+    operations: tuple[Operation | Choice, ...]
+    num_ranks: int
+    groups: Mapping[str, NDArray[np.int32]]
+    shared: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = sorted(self.groups)
+        index = {name: i for i, name in enumerate(names)}
+        table_GR = np.stack([self.groups[name] for name in names]).astype(np.int32)
+        alone = index.get("rank", 0)
+        group_N = [alone if isinstance(op, Choice) else index[op.group] for op in self.operations]
+        starts = np.cumsum([0, *(len(op.after) for op in self.operations)])
+        flat = [a for op in self.operations for a in op.after]
+        for name, value in {
+            "table_GR": table_GR,
+            "group_N": np.array(group_N, np.int32),
+            "after_start_N": starts.astype(np.int32),
+            "after": np.array(flat, np.int32),
+            "parts": (parts := part_names(self.operations)),
+            "part_N": part_indices(self.operations, parts),
+            "is_static": not self.shared and not any(isinstance(op, Choice) for op in self.operations),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    table_GR: NDArray[np.int32] = field(init=False)
+    group_N: NDArray[np.int32] = field(init=False)
+    after_start_N: NDArray[np.int32] = field(init=False)
+    after: NDArray[np.int32] = field(init=False)
+    parts: tuple[str, ...] = field(init=False)
+    part_N: NDArray[np.int32] = field(init=False)
+    is_static: bool = field(init=False)
+
+
+def part_names(operations: Sequence[Operation | Choice]) -> tuple[str, ...]:
+    """Names of the parts of a step, in the order of their first operation."""
+    return tuple(dict.fromkeys(op.name for op in operations if isinstance(op, Operation)))
+
+
+def part_indices(operations: Sequence[Operation | Choice], parts: Sequence[str]) -> NDArray[np.int32]:
+    """Index in `parts` of each operation, -1 for a choice (its fragment's operations count, not itself)."""
+    index = {name: i for i, name in enumerate(parts)}
+    return np.array([index[op.name] if isinstance(op, Operation) else -1 for op in operations], np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """What one step of a program costs: arrays over its operations.
+
+    seconds_NR float64 [N, R] and bytes_NR float64 [N, R] (0 where a rank takes no part), source_N int8 [N] (index in
+    `moesim.hardware.SOURCES`).
+    """
+
+    seconds_NR: NDArray[np.float64]
+    bytes_NR: NDArray[np.float64]
+    source_N: NDArray[np.int8]
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """A step after it ran: its operations (fragments included, after the static ones) with start and finish.
+
+    start_NR, finish_NR: float64 [N, R] seconds from the start of the step, 0 where a rank takes no part.
+    """
+
+    operations: tuple[Operation | Choice, ...]
+    costs: Costs
+    start_NR: NDArray[np.float64]
+    finish_NR: NDArray[np.float64]
+    parts: tuple[str, ...]
+    part_N: NDArray[np.int32]
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the last finish on any rank."""
+        return float(self.finish_NR.max(initial=0.0))
+
+
+class Draft:
+    """A program being written: streams stay in order by themselves."""
+
+    def __init__(self, num_ranks: int, groups: Mapping[str, NDArray[np.int32]]) -> None:
+        self.operations: list[Operation | Choice] = []
+        self.num_ranks = num_ranks
+        self.groups = {"rank": np.arange(num_ranks, dtype=np.int32), **groups}
+        self._last: dict[str, int] = {}
+
+    def add(self, name: str, layer: int, resource: str, group: str = "rank", after: Sequence[int] = ()) -> int:
+        """Append an operation after the last one of its stream, and return its id."""
+        stream = [self._last[resource]] if resource in self._last else []
+        waits = tuple(dict.fromkeys([*stream, *after]))
+        self.operations.append(Operation(name, layer, resource, group, waits))
+        self._last[resource] = len(self.operations) - 1
+        return len(self.operations) - 1
+
+    def choose(
+        self, name: str, layer: int, rank: int, expand: Callable[[int, int], Fragment], after: Sequence[int]
+    ) -> int:
+        """Append a choice, and return its id; later operations of any stream must name it to wait for it."""
+        self.operations.append(Choice(name, layer, rank, tuple(after), expand))
+        return len(self.operations) - 1
+
+    def program(self, shared: Mapping[str, int] | None = None) -> Program:
+        """The finished program."""
+        return Program(tuple(self.operations), self.num_ranks, self.groups, shared or {})

@@ -1,0 +1,149 @@
+"""Walking a program with arrays: every operation starts as soon as what it waits for has finished.
+
+No queue and no clock: the program's order is enough. This is all of `estimate`, and what `simulate` does with a
+stretch in which nothing races.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from moesim.program.operation import Choice, Costs, Operation, Played, Program, part_indices, part_names
+
+Floats = NDArray[np.float64]
+
+
+@njit(cache=True)
+def _walk(table_GR, group_N, after_start_N, after, seconds_NR, start_NR, finish_NR):  # type: ignore[no-untyped-def]
+    num_ops, num_ranks = seconds_NR.shape
+    ready_G = np.empty(num_ranks)
+    for n in range(num_ops):
+        ready_G[:] = 0.0
+        for r in range(num_ranks):
+            group = table_GR[group_N[n], r]
+            if group >= 0:
+                for i in range(after_start_N[n], after_start_N[n + 1]):
+                    ready_G[group] = max(ready_G[group], finish_NR[after[i], r])
+        for r in range(num_ranks):
+            group = table_GR[group_N[n], r]
+            if group >= 0:
+                start_NR[n, r] = ready_G[group]
+                finish_NR[n, r] = ready_G[group] + seconds_NR[n, r]
+
+
+@njit(cache=True)
+def _account(part_N, start_NR, finish_NR, end, exposed_XR, idle_R):  # type: ignore[no-untyped-def]
+    num_ops, num_ranks = start_NR.shape
+    frontier_R = np.zeros(num_ranks)
+    for n in range(num_ops):
+        part = part_N[n]
+        if part < 0:
+            continue
+        for r in range(num_ranks):
+            start, finish, frontier = start_NR[n, r], finish_NR[n, r], frontier_R[r]
+            if finish > frontier:
+                if start > frontier:
+                    idle_R[r] += start - frontier
+                    frontier = start
+                exposed_XR[part, r] += finish - frontier
+                frontier_R[r] = finish
+    for r in range(num_ranks):
+        idle_R[r] += end - frontier_R[r]
+
+
+def walk(program: Program, costs: Costs) -> Played:
+    """Play a program as if no two operations ever wanted the same shared resource."""
+    if not any(isinstance(op, Choice) for op in program.operations):
+        start_NR, finish_NR = np.zeros_like(costs.seconds_NR), np.zeros_like(costs.seconds_NR)
+        _walk(
+            program.table_GR, program.group_N, program.after_start_N, program.after, costs.seconds_NR, start_NR,
+            finish_NR,
+        )  # fmt: skip
+        return Played(program.operations, costs, start_NR, finish_NR, program.parts, program.part_N)
+    return _walk_choices(program, costs)
+
+
+def _walk_choices(program: Program, costs: Costs) -> Played:
+    """The same in Python, one operation at a time, since fragments appear on the way."""
+    num_static, num_ranks = len(program.operations), program.num_ranks
+    operations: list[Operation | Choice] = list(program.operations)
+    start: list[Floats] = [np.zeros(num_ranks) for _ in operations]
+    finish: list[Floats] = [np.zeros(num_ranks) for _ in operations]
+    seconds, sizes, sources = list(costs.seconds_NR), list(costs.bytes_NR), list(costs.source_N)
+
+    def place(n: int) -> None:
+        op = operations[n]
+        assert isinstance(op, Operation)
+        group_R = program.groups[op.group]
+        ready_R = np.max([finish[a] for a in op.after], axis=0, initial=0.0) if op.after else np.zeros(num_ranks)
+        for group in np.unique(group_R[group_R >= 0]):
+            members = group_R == group
+            start[n][members] = ready_R[members].max()
+        taking_part = group_R >= 0
+        finish[n][taking_part] = start[n][taking_part] + seconds[n][taking_part]
+
+    for n in range(num_static):
+        op = operations[n]
+        if isinstance(op, Operation):
+            place(n)
+            continue
+        rank = op.rank
+        start[n][rank] = max((finish[a][rank] for a in op.after), default=0.0)
+        fragment = op.expand(n, len(operations))
+        for i, piece in enumerate(fragment.operations):
+            alone = np.zeros(num_ranks)
+            alone[rank] = 1.0
+            operations.append(piece)
+            start.append(np.zeros(num_ranks))
+            finish.append(np.zeros(num_ranks))
+            seconds.append(alone * fragment.seconds[i])
+            sizes.append(alone * fragment.num_bytes[i])
+            sources.append(np.int8(fragment.sources[i]))
+            _place_alone(len(operations) - 1, rank, n, operations, start, finish, seconds)
+        finish[n][rank] = max((finish[j][rank] for j in fragment.join), default=start[n][rank])
+    return assemble(
+        operations, np.array(seconds), np.array(sizes), np.array(sources), np.array(start), np.array(finish)
+    )
+
+
+def _place_alone(
+    n: int, rank: int, choice: int, operations: list[Operation | Choice], start: list[Floats], finish: list[Floats],
+    seconds: list[Floats],
+) -> None:  # fmt: skip
+    """Start a fragment's operation on its rank: after what it names, and not before its choice fell."""
+    ready = float(start[choice][rank])
+    for a in operations[n].after:
+        ready = max(ready, float(finish[a][rank]))
+    start[n][rank] = ready
+    finish[n][rank] = ready + seconds[n][rank]
+
+
+def assemble(
+    operations: list[Operation | Choice], seconds_NR: Floats, bytes_NR: Floats, source_N: NDArray[np.int8],
+    start_NR: Floats, finish_NR: Floats,
+) -> Played:  # fmt: skip
+    """A played step from the rows of its operations."""
+    parts = part_names(operations)
+    costs = Costs(seconds_NR, bytes_NR, source_N)
+    return Played(tuple(operations), costs, start_NR, finish_NR, parts, part_indices(operations, parts))
+
+
+def account(played: Played) -> tuple[Floats, Floats]:
+    """Where the time of each rank went.
+
+    An operation is charged the time by which it moves the rank's frontier (the latest finish so far); what lies under
+    another operation costs nothing. Gaps are waiting for others.
+
+    Returns:
+        exposed_XR float64 [X, R] for the X parts of the step, and idle_R [R]; their sum over X plus idle is the step.
+    """
+    num_ranks = played.start_NR.shape[1]
+    exposed_XR, idle_R = np.zeros((len(played.parts), num_ranks)), np.zeros(num_ranks)
+    part_N, start_NR, finish_NR = played.part_N, played.start_NR, played.finish_NR
+    if (part_N < 0).any():  # fragments stand at the end: take operations as they started
+        order = np.argsort(start_NR.max(axis=1), kind="stable")
+        part_N, start_NR, finish_NR = part_N[order], start_NR[order], finish_NR[order]
+    _account(part_N, start_NR, finish_NR, played.seconds, exposed_XR, idle_R)
+    return exposed_XR, idle_R

@@ -1,0 +1,105 @@
+"""Compiled counting over routing: how many tokens each expert slot gets and each rank sends and receives.
+
+One pass over the tokens of an iteration, all layers. A token that picks several experts of one rank travels there
+once: a stamp per (layer, rank) remembers the last token sent there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from moesim.layout import Placement
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Tokens of one iteration.
+
+    load_LRS: int32 [L, R, S], tokens in each of the S slots of each rank (R expert ranks).
+    traffic_CLR: int32 [4, L, R]: tokens sent inside the node, sent to other nodes, received inside, received from
+        other nodes; deduplicated per destination rank, own tokens not counted. Combine is the reverse.
+    """
+
+    load_LRS: Ints
+    traffic_CLR: Ints
+
+
+_BLOCK = 128  # tokens whose ids stay in cache while one layer's tables are at hand
+
+
+@njit(cache=True)
+def _count(  # type: ignore[no-untyped-def]
+    ids_TLK, rows_B, source_B, base_R, slot_LXE, rank_P, slots_per_rank, node_R, load_LP, traffic_CLR, stamp_LR
+):
+    """The inner loop has no branch that depends on the data: mispredicted ones would cost more than the counting."""
+    num_layers, top_k, num_choices = ids_TLK.shape[1], ids_TLK.shape[2], slot_LXE.shape[1]
+    for first in range(0, rows_B.size, _BLOCK):
+        for layer in range(num_layers):
+            slot_XE, load_P, stamp_R = slot_LXE[layer], load_LP[layer], stamp_LR[layer]
+            in_CR, out_CR = traffic_CLR[2:, layer], traffic_CLR[:2, layer]
+            for b in range(first, min(first + _BLOCK, rows_B.size)):
+                ids_K, slot_E = ids_TLK[rows_B[b], layer], slot_XE[b % num_choices]
+                source, stamp = source_B[b], np.int32(b)
+                base, node = base_R[source], node_R[source]
+                stamp_R[source] = stamp  # a rank does not send to itself
+                num_new, num_far = np.int32(0), np.int32(0)
+                for k in range(top_k):
+                    slot = slot_E[ids_K[k]]
+                    rank = base + rank_P[slot]
+                    load_P[base * slots_per_rank + slot] += 1
+                    new = np.int32(stamp_R[rank] != stamp)
+                    far = np.int32(node_R[rank] != node)
+                    stamp_R[rank] = stamp
+                    in_CR[far, rank] += new
+                    num_new += new
+                    num_far += new & far
+                out_CR[0, source] += num_new - num_far
+                out_CR[1, source] += num_far
+
+
+class Counter:
+    """Counts iterations of one layout; holds what stays the same between them.
+
+    Args:
+        placement: slots of one expert-parallel group.
+        num_experts: E.
+        num_ranks: R expert ranks: groups of `placement.ep`.
+        node_R: int32 [R], the node of each rank.
+    """
+
+    def __init__(self, placement: Placement, num_experts: int, num_ranks: int, node_R: Ints) -> None:
+        slots_LEX, num_replicas_LE = placement.replicas(num_experts)
+        # Token b takes copy b mod n of an expert with n copies: one table per value of b mod (least common multiple).
+        choice_X = np.arange(np.lcm.reduce(np.unique(num_replicas_LE)))[None, :, None]
+        slot_LXE = np.take_along_axis(slots_LEX.swapaxes(1, 2), choice_X % num_replicas_LE[:, None, :], axis=1)
+        self._slot_LXE = np.ascontiguousarray(slot_LXE.astype(np.int32))
+        self.num_layers, num_slots = placement.slot_expert_LP.shape
+        self._slots_per_rank = num_slots // placement.ep
+        self._rank_P = (np.arange(num_slots) // self._slots_per_rank).astype(np.int32)
+        self._base_R = (np.arange(num_ranks) // placement.ep * placement.ep).astype(np.int32)
+        self._node_R = node_R
+        self.num_ranks = num_ranks
+
+    def count(self, ids_TLK: NDArray[np.unsignedinteger], rows_B: NDArray[np.int64], source_B: Ints) -> Counts:
+        """Count one iteration.
+
+        Args:
+            ids_TLK: the trace's expert ids.
+            rows_B: rows of the trace, one for each token of the iteration.
+            source_B: expert rank that each token starts from.
+        """
+        shape = (self.num_layers, self.num_ranks)
+        load_LP = np.zeros((shape[0], shape[1] * self._slots_per_rank), np.int32)
+        traffic_CLR = np.zeros((4, *shape), np.int32)
+        stamp_LR = np.full(shape, -1, np.int32)
+        _count(
+            ids_TLK, rows_B, source_B, self._base_R, self._slot_LXE, self._rank_P, self._slots_per_rank, self._node_R,
+            load_LP, traffic_CLR, stamp_LR,
+        )  # fmt: skip
+        return Counts(load_LP.reshape(*shape, self._slots_per_rank), traffic_CLR)

@@ -1,0 +1,69 @@
+"""Replay: which rows of a trace stand for the tokens of simulated requests.
+
+Request i replays request i mod N of the trace, in a given order. A prompt longer than the trace's starts it again, and
+so does a longer answer; `Replay.repeats` says whether that happens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.routing.trace import RoutingTrace
+
+Rows = NDArray[np.int64]
+
+
+class Replay:
+    """Rows of one trace by request.
+
+    order: which request of the trace comes first, second, ...; None keeps the trace's own order.
+    """
+
+    def __init__(self, trace: RoutingTrace, order: NDArray[np.int64] | None = None) -> None:
+        first = np.flatnonzero(np.diff(trace.request_T, prepend=trace.request_T[0] - 1))
+        last = np.append(first[1:], trace.num_tokens)
+        self.prompts: list[Rows] = []
+        self.answers: list[Rows] = []
+        spans = np.stack([first, last], axis=1)
+        for start, end in spans if order is None else spans[order]:
+            rows = np.arange(start, end)
+            is_decode = trace.is_decode_T[start:end]
+            prompt, answer = rows[~is_decode], rows[is_decode]
+            self.prompts.append(prompt if len(prompt) else answer)
+            self.answers.append(answer if len(answer) else prompt)
+
+    def prompt_lengths(self, num_requests: int, prompt_tokens: int | None) -> NDArray[np.int64]:
+        """Prompt length of each request, in tokens, int64 [num_requests]."""
+        own = np.array([len(rows) for rows in self.prompts])
+        lengths = own[np.arange(num_requests) % len(own)]
+        return lengths if prompt_tokens is None else np.full(num_requests, prompt_tokens)
+
+    def prompt_rows(self, request: int, num_tokens: int) -> Rows:
+        """Rows of the prompt tokens of one request."""
+        rows = self.prompts[request % len(self.prompts)]
+        return rows[np.arange(num_tokens) % len(rows)]
+
+    def decode_rows(self, num_requests: int, num_steps: int) -> NDArray[np.int64]:
+        """Rows of the generated tokens, int64 [num_steps, num_requests]."""
+        step = np.arange(num_steps)
+        columns_NS = np.stack([rows[step % len(rows)] for rows in self.answers])
+        return np.ascontiguousarray(columns_NS[np.arange(num_requests) % len(columns_NS)].T)
+
+    def repeats(self, num_requests: int, prompt_tokens: int | None, output_tokens: int) -> list[str]:
+        """What the trace was too short for, one sentence each."""
+        found = []
+        if num_requests > len(self.prompts):
+            found.append(f"{num_requests} requests replay the {len(self.prompts)} requests of the trace more than once")
+        shortest = min(len(rows) for rows in self.prompts)
+        if prompt_tokens is not None and prompt_tokens > shortest:
+            found.append(f"prompts of {prompt_tokens} tokens repeat the routing of traced ones (shortest: {shortest})")
+        shortest = min(len(rows) for rows in self.answers)
+        if output_tokens > shortest + 1:
+            found.append(f"{output_tokens} output tokens repeat the routing of traced answers (shortest: {shortest})")
+        return found
+
+    @staticmethod
+    def num_requests(trace: RoutingTrace) -> int:
+        """Requests in a trace."""
+        return int(np.count_nonzero(np.diff(trace.request_T)) + 1)

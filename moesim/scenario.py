@@ -1,0 +1,118 @@
+"""A scenario: everything that one run needs, checked and ready."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from moesim.costs import memory
+from moesim.hardware import Cluster
+from moesim.layout import Layout
+from moesim.model import ModelSpec
+from moesim.policies import REGISTRIES, Policies
+from moesim.routing.trace import RoutingTrace
+from moesim.workload import Workload
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """One model on one machine, laid out one way, under one load, with one set of policies.
+
+    plain: the scenario as plain data, as written in its file, for the record.
+    """
+
+    name: str
+    model: ModelSpec
+    cluster: Cluster
+    layout: Layout
+    workload: Workload
+    trace: RoutingTrace
+    policies: Policies = field(default_factory=Policies)
+    engine: str = "simulate"
+    seed: int = 0
+    plain: Mapping[str, Any] = field(default_factory=dict)
+
+    def stream(self, consumer: str) -> np.random.Generator:
+        """The consumer's own stream of random numbers, which no other consumer moves."""
+        return np.random.default_rng([self.seed, crc32(consumer.encode())])
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether some experts live in host memory."""
+        return self.policies.device_expert_fraction < 1
+
+    def memory_bytes(self) -> dict[str, float]:
+        """Bytes by part on the fullest device, and its capacity."""
+        longest = self.workload.prompt_tokens
+        if longest is None:
+            longest = int(np.bincount(self.trace.request_T[~self.trace.is_decode_T]).max(initial=1))
+        return memory.device_bytes(
+            self.model,
+            self.layout,
+            requests_per_group=-(-self.workload.num_requests // self.layout.attention.dp),
+            tokens_per_request=longest + self.workload.output_tokens,
+            batched_tokens=max(self.workload.max_num_batched_tokens, longest),
+            device_expert_fraction=self.policies.device_expert_fraction,
+        ) | {"capacity": self.cluster.device.memory.capacity_bytes}
+
+    def mistakes(self) -> list[str]:
+        """Every rule that the parts break together, one sentence each; an empty list for a sound scenario."""
+        found = self.layout.mistakes(self.model, self.cluster.num_ranks) + self.workload.mistakes()
+        found += self._policy_mistakes() + self._trace_mistakes()
+        if self.engine not in ("simulate", "estimate"):
+            found.append(f'engine: must be "simulate" or "estimate", given {self.engine!r}')
+        if found:
+            return found
+        used = self.memory_bytes()
+        capacity = used.pop("capacity")
+        if sum(used.values()) > capacity:
+            parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in used.items() if value)
+            found.append(
+                f"memory: needs {sum(used.values()) / 2**30:.1f} GiB on one {self.cluster.device.name} of "
+                f"{capacity / 2**30:.1f} GiB ({parts} GiB); use more devices, fewer requests or tokens, a smaller "
+                "dtype, or policies.device_expert_fraction below 1"
+            )
+        return found
+
+    def _policy_mistakes(self) -> list[str]:
+        found = []
+        for kind, registry in REGISTRIES.items():
+            if (name := getattr(self.policies, kind)) not in registry:
+                found.append(f"policies.{kind}: unknown {name!r}; one of {', '.join(registry)} would do")
+        fraction = self.policies.device_expert_fraction
+        if not 0 <= fraction <= 1:
+            found.append(f"policies.device_expert_fraction: must lie in 0..1, given {fraction}")
+        elif fraction < 1:
+            if self.cluster.num_ranks != 1:
+                found.append(
+                    f"policies.device_expert_fraction: experts in host memory are modelled on one device, the machine "
+                    f"has {self.cluster.num_ranks}; use a machine with one device, or 1.0"
+                )
+            if self.cluster.host is None:
+                found.append("policies.device_expert_fraction: the machine has no host memory to keep experts in")
+        needs = getattr(REGISTRIES["prefetch"].get(self.policies.prefetch), "needs_predictions", False)
+        if needs and self.trace.predicted_TLK is None:
+            found.append(
+                f"policies.prefetch: {self.policies.prefetch!r} needs the next layers' predicted experts, which trace "
+                f'{self.trace.name!r} has not; use "none" or a trace captured with predictions'
+            )
+        return found
+
+    def _trace_mistakes(self) -> list[str]:
+        if not self.model.moe_layers:
+            return []
+        trace, routed = self.trace, self.model.experts
+        pairs = {
+            "MoE layers": (trace.num_layers, len(self.model.moe_layers)),
+            "experts": (trace.num_experts, routed.num_experts),
+            "experts per token": (trace.top_k, routed.top_k),
+        }
+        return [
+            f"trace: {trace.name!r} has {have} {what}, model {self.model.name!r} has {want}; use a trace of that shape"
+            for what, (have, want) in pairs.items()
+            if have != want
+        ]

@@ -1,0 +1,143 @@
+"""Adding up played iterations into a result."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.hardware import SOURCES
+from moesim.program.iterations import Iteration, Iterations
+from moesim.program.operation import Operation, Played
+from moesim.program.walk import account
+from moesim.results import Record, Result
+from moesim.version import __version__
+
+
+class Tally:
+    """Sums over the iterations of one run.
+
+    Args:
+        timeline: how many iterations of each phase leave their records.
+    """
+
+    def __init__(self, iterations: Iterations, engine: str, timeline: int = 0) -> None:
+        self._iterations, self._engine, self._timeline = iterations, engine, timeline
+        self._step_s: dict[str, list[float]] = {"prefill": [], "decode": []}
+        self._parts_s: dict[str, dict[str, float]] = {"prefill": {}, "decode": {}}
+        self._busy_s = np.zeros(len(SOURCES))
+        self._imbalance: list[float] = []
+        self._load_LR: NDArray[np.int64] | None = None
+        self._records: list[Record] = []
+
+    def add(self, iteration: Iteration, played: Played, start_s: float) -> None:
+        """Count one played iteration that began at `start_s`."""
+        steps, parts_s = self._step_s[iteration.phase], self._parts_s[iteration.phase]
+        exposed_XR, idle_R = account(played)
+        for name, exposed in zip(played.parts, exposed_XR.mean(axis=1), strict=True):
+            parts_s[name] = parts_s.get(name, 0.0) + float(exposed)
+        parts_s["imbalance"] = parts_s.get("imbalance", 0.0) + float(idle_R.mean())
+        np.add.at(self._busy_s, played.costs.source_N, played.costs.seconds_NR.sum(axis=1))
+        if iteration.counts is not None:
+            load_LR = iteration.counts.load_LRS.sum(axis=-1, dtype=np.int64)
+            if iteration.phase == "decode":
+                self._load_LR = load_LR if self._load_LR is None else self._load_LR + load_LR
+                self._imbalance.append(float((load_LR.max(axis=1) / np.maximum(load_LR.mean(axis=1), 1e-9)).mean()))
+        if len(steps) < self._timeline:
+            self._record(iteration, played, start_s)
+        steps.append(played.seconds)
+
+    def _record(self, iteration: Iteration, played: Played, start_s: float) -> None:
+        step = sum(len(steps) for steps in self._step_s.values())
+        index: dict[tuple[int, int], int] = {}
+        rows = []
+        for n, op in enumerate(played.operations):
+            if isinstance(op, Operation):
+                group_R = iteration.program.groups[op.group]
+                fragment = n >= len(iteration.program.operations)
+                ranks = np.flatnonzero(group_R >= 0) if not fragment else np.flatnonzero(played.finish_NR[n] > 0)
+                rows += [(float(played.start_NR[n, r]), n, int(r)) for r in ranks]
+        rows.sort()
+        for i, (_, n, r) in enumerate(rows):
+            index[n, r] = len(self._records) + i
+        for start, n, r in rows:
+            op = played.operations[n]
+            assert isinstance(op, Operation)
+            after = tuple(index[a, r] for a in op.after if (a, r) in index)
+            self._records.append(
+                Record(
+                    op.name,
+                    iteration.phase,
+                    step,
+                    op.layer,
+                    r,
+                    op.resource,
+                    start_s + start,
+                    start_s + float(played.finish_NR[n, r]),
+                    float(played.costs.bytes_NR[n, r]),
+                    after,
+                )
+            )
+
+    def result(self) -> Result:
+        """The result of the run so far."""
+        s, it = self._iterations.scenario, self._iterations
+        prefill, decode = self._step_s["prefill"], self._step_s["decode"]
+        num_requests = s.workload.num_requests
+        total = sum(prefill) + sum(decode)
+        tokens = num_requests * len(decode)
+        metrics = {
+            "output_tokens_per_s": tokens / sum(decode) if decode else 0.0,
+            "output_tokens_per_s_per_device": tokens / sum(decode) / s.cluster.num_ranks if decode else 0.0,
+            "tpot_s": float(np.mean(decode)) if decode else 0.0,
+            "ttft_s": sum(prefill),
+            "prefill_tokens_per_s": float(it.lengths_Q.sum()) / sum(prefill) if prefill else 0.0,
+            "e2e_s": total,
+            "num_requests": float(num_requests),
+            "num_prefill_iterations": float(len(prefill)),
+            "num_decode_iterations": float(len(decode)),
+        }
+        breakdown = {
+            phase: {name: value / len(steps) for name, value in self._parts_s[phase].items()}
+            for phase, steps in self._step_s.items()
+            if steps
+        }
+        if self._imbalance:
+            metrics["expert_load_max_over_mean_ratio"] = float(np.mean(self._imbalance))
+        exposed = [n for n in breakdown.get("decode", {}) if n in _COMMUNICATION]
+        if decode and s.cluster.num_ranks > 1:
+            metrics["exposed_communication_fraction"] = sum(breakdown["decode"][n] for n in exposed) / metrics["tpot_s"]
+        if it.store is not None:
+            used = it.store.num_hits + it.store.num_misses
+            metrics["expert_hit_rate"] = it.store.num_hits / used if used else 0.0
+            metrics["prefetched_experts_per_iteration"] = it.store.num_prefetched / (len(prefill) + len(decode))
+        busy = self._busy_s.sum()
+        shares = {
+            f"{name}_fraction": float(b / busy) if busy else 0.0 for name, b in zip(SOURCES, self._busy_s, strict=True)
+        }
+        w = s.workload
+        return Result(
+            name=s.name,
+            scenario=s.plain,
+            engine=self._engine,
+            seed=s.seed,
+            version=__version__,
+            metrics=metrics,
+            provenance=shares,
+            breakdown_s=breakdown,
+            memory_bytes=s.memory_bytes(),
+            load_LR=() if self._load_LR is None else tuple(tuple(map(int, row)) for row in self._load_LR),
+            step_s=tuple(decode),
+            records=tuple(self._records),
+            warnings=tuple(it.replay.repeats(num_requests, w.prompt_tokens, w.output_tokens)),
+        )
+
+
+_COMMUNICATION = (
+    "dispatch",
+    "combine",
+    "all-reduce",
+    "reduce-scatter",
+    "all-gather",
+    "expert copies",
+    "prefetch",
+)

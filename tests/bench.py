@@ -1,0 +1,97 @@
+"""`make bench`: how fast moesim is, on this machine, now. Prints a table and writes build/bench.json.
+
+Run as a program: python tests/bench.py
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from moesim.files.hardware import load_cluster
+from moesim.files.models import load_model
+from moesim.layout import AttentionGrid, ExpertGrid, Layout
+from moesim.policies.placement import Contiguous
+from moesim.routing.counting import Counter
+from moesim.routing.synthetic import zipf_trace
+from moesim.scenario import Scenario
+from moesim.simulate import simulate
+from moesim.workload import Workload
+
+RANKS, TOKENS, ROUNDS = 144, 128, 5
+
+
+def wide_scenario(output_tokens: int, trace) -> Scenario:
+    """DeepSeek-V3, EP144 on 18 nodes of eight H800, 128 requests per GPU, 32 redundant experts."""
+    layout = Layout(AttentionGrid(dp=RANKS), ExpertGrid(ep=RANKS), num_redundant_experts=32)
+    workload = Workload(RANKS * TOKENS, output_tokens, prompt_tokens=1)
+    model, cluster = load_model("deepseek-v3"), load_cluster("18 x hgx-h800")
+    return Scenario("bench", model, cluster, layout, workload, trace)
+
+
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, print, write."""
+    figures: dict[str, tuple[float, str]] = {}
+    # A pool of 18,432 requests, so that every token of an iteration has a routing of its own.
+    trace = zipf_trace(58, 256, 8, num_requests=RANKS * TOKENS, prompt_tokens=1, output_tokens=1)
+    simulate(wide_scenario(2, trace))  # compile
+    short, long = 3, 33
+    rates = []
+    for _ in range(ROUNDS):  # the difference of two runs leaves set-up and prefill out
+        extra_s = seconds(lambda: simulate(wide_scenario(long, trace))) - seconds(
+            lambda: simulate(wide_scenario(short, trace))
+        )
+        rates.append((long - short) / extra_s)
+    figures["decode_iterations_per_s_ep144"] = (statistics.median(rates), "iterations/s")
+    figures["decode_tokens_per_s_ep144"] = (statistics.median(rates) * RANKS * TOKENS, "tokens/s")
+
+    counter = Counter(Contiguous().place(58, 256, 288, RANKS), 256, RANKS, (np.arange(RANKS) // 8).astype(np.int32))
+    rows_B = np.random.default_rng(0).permutation(trace.num_tokens)[: RANKS * TOKENS]
+    source_B = (np.arange(RANKS * TOKENS) % RANKS).astype(np.int32)
+    times = [seconds(lambda: counter.count(trace.expert_ids_TLK, rows_B, source_B)) for _ in range(20)]
+    figures["count_step_ep144_ms"] = (1e3 * statistics.median(times), "ms")
+    figures["bench_peak_memory_gb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "GB")
+
+    python = [sys.executable, "-c"]
+    empty = statistics.median(seconds(lambda: subprocess.run([*python, ""], check=True)) for _ in range(ROUNDS))
+    imported = statistics.median(
+        seconds(lambda: subprocess.run([*python, "import moesim"], check=True)) for _ in range(ROUNDS)
+    )
+    figures["import_moesim_s"] = (imported, "s")
+    figures["bare_python_s"] = (empty, "s")
+    check = [sys.executable, "-m", "moesim", "check", str(Path(__file__).parents[1] / "studies" / "quickstart.toml")]
+    started = statistics.median(
+        seconds(lambda: subprocess.run(check, check=True, capture_output=True)) for _ in range(ROUNDS)
+    )
+    figures["start_of_a_run_s"] = (started, "s")
+    write(figures)
+
+
+def write(figures: dict[str, tuple[float, str]]) -> None:
+    """The table on stdout and build/bench.json, written whole or not at all."""
+    for name, (value, unit) in figures.items():
+        print(f"{name:34s} {value:14,.2f} {unit}")
+    folder = Path("build")
+    folder.mkdir(exist_ok=True)
+    rows = {name: {"value": value, "unit": unit} for name, (value, unit) in figures.items()}
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        json.dump(rows, file, indent=2)
+    Path(file.name).replace(folder / "bench.json")
+
+
+if __name__ == "__main__":
+    main()
