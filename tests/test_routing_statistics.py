@@ -11,7 +11,7 @@ from moesim.routing import statistics as stats
 from moesim.routing.trace import RoutingTrace
 
 
-def trace_of(ids_TLK, experts, requests=None, decode=None, predicted=None):
+def trace_of(ids_TLK, experts, requests=None, decode=None, predicted=None, tokens=None):
     ids = np.asarray(ids_TLK, dtype=np.uint8)
     request = np.asarray(requests if requests is not None else [0] * len(ids), dtype=np.int32)
     position = np.arange(len(ids)) - np.searchsorted(request, request)
@@ -24,7 +24,7 @@ def trace_of(ids_TLK, experts, requests=None, decode=None, predicted=None):
         request_T=request,
         position_T=position.astype(np.int32),
         is_decode_T=np.asarray(decode if decode is not None else [False] * len(ids)),
-        token_id_T=np.zeros(len(ids), dtype=np.int32),
+        token_id_T=np.asarray(tokens if tokens is not None else [0] * len(ids), dtype=np.int32),
         layers=tuple(range(ids.shape[1])),
         predicted_TLK=None if predicted is None else np.asarray(predicted, dtype=np.uint8),
     )
@@ -54,6 +54,13 @@ def test_set_overlap():
     overlap, by_chance = stats.set_overlap_L(trace)
     assert overlap == pytest.approx([(0.5 + 1.0) / 2])
     assert by_chance == pytest.approx([((1 / 3) ** 2 + 1 + (2 / 3) ** 2) / 2])
+
+
+def test_token_affinity_counts_pairs_of_different_requests():
+    trace = trace_of([[[0]], [[0]], [[1]], [[0]], [[1]]], 4, requests=[0, 0, 0, 1, 1], tokens=[7, 7, 8, 7, 7])
+    affinity, by_chance = stats.token_affinity_L(trace)
+    assert affinity == pytest.approx([2 / 4])  # token 7: {0, 0} of request 0 against {0, 1} of request 1
+    assert by_chance == pytest.approx([3 / 6])
 
 
 def test_information_of_a_copy_is_the_entropy():
@@ -130,9 +137,7 @@ def test_relabelling_experts_changes_nothing():
     renamed = trace_of(
         names[trace.expert_ids_TLK], trace.num_experts, trace.request_T, predicted=names[trace.predicted_TLK]
     )
-    for (name, one), other in zip(
-        stats.statistics(trace).items(), stats.statistics(renamed).values(), strict=True
-    ):
+    for (name, one), other in zip(stats.statistics(trace).items(), stats.statistics(renamed).values(), strict=True):
         assert one == pytest.approx(other, nan_ok=True), name
 
 

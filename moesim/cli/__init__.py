@@ -1,4 +1,4 @@
-"""The command line: files in, a table or JSON on stdout, diagnostics on stderr; exit 0, 1 (a check failed) or 2 (input)."""
+"""The command line: files in, a table or JSON on stdout, diagnostics on stderr; exit 0, or 2 for bad input."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ def _check(path: Path) -> str:
 
     if path.suffix == ".parquet":
         trace = scenarios.load_trace(str(path))
-        return f"trace of {trace.num_tokens} tokens, {trace.num_layers} layers x {trace.num_experts} experts, top {trace.top_k}"
+        shape = f"{trace.num_layers} layers x {trace.num_experts} experts, top {trace.top_k}"
+        return f"trace of {trace.num_tokens} tokens, {shape}, {trace.origin}"
     if path.suffix == ".json" or (path.is_dir() and (path / "config.json").exists()):
         model = models.load_model(str(path))
         return f"model with {model.num_params / 1e9:.2f} billion parameters"

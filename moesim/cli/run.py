@@ -37,10 +37,9 @@ def run_command(
     from moesim import verbs
 
     scenarios = verbs.load(scenario, changes)
-    results = []
+    timeline = 2 if perfetto else 0
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        for item in progress.track(scenarios, description="running"):
-            results.append(verbs.run(item, engine, timeline=2 if perfetto else 0))
+        results = [verbs.run(item, engine, timeline) for item in progress.track(scenarios, description="running")]
     if report:
         from moesim.report.html import write_html
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from moesim.files.hardware import load_cluster
 from moesim.files.keys import nearest
 from moesim.files.models import load_model
+from moesim.files.tables import raise_all, read_table
 from moesim.files.traces import read_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.model import BYTES_PER_PARAM, Dtypes
@@ -34,7 +35,8 @@ _TABLES: dict[str, type] = {"layout": Layout, "workload": Workload, "policies": 
 
 def trace_names() -> tuple[str, ...]:
     """Names of the traces that come with moesim."""
-    return tuple(sorted(p.name[:-8] for p in resources.files("moesim.traces").iterdir() if p.name.endswith(".parquet")))
+    files = [item.name for item in resources.files("moesim.traces").iterdir()]
+    return tuple(sorted(name.removesuffix(".parquet") for name in files if name.endswith(".parquet")))
 
 
 def load_trace(name_or_path: str, folder: Path | None = None) -> RoutingTrace:
@@ -48,9 +50,8 @@ def load_trace(name_or_path: str, folder: Path | None = None) -> RoutingTrace:
             return read_trace(path)
     path = _beside(name_or_path, folder)
     if not path.exists() and path.suffix != ".parquet":
-        raise ValueError(
-            f"no trace {name_or_path!r}; give a .parquet file, or a packaged one: {nearest(name_or_path, trace_names())}"
-        )
+        known = nearest(name_or_path, trace_names())
+        raise ValueError(f"no trace {name_or_path!r}; give a .parquet file, or a packaged one; {known}")
     return read_trace(path)
 
 
@@ -81,9 +82,7 @@ def load_scenarios(path: str | Path, changes: Sequence[str] = ()) -> list[Scenar
         variants.append((f"beside.{name}.", _merged(values, {"name": name, **override})))
     loaded: dict[tuple[str, str], Any] = {}
     scenarios = [_build(variant, prefix, path.parent, loaded, mistakes) for prefix, variant in variants]
-    if mistakes:
-        lines = "\n".join(f"  - {m}" for m in dict.fromkeys(mistakes))
-        raise ValueError(f"{path}: {len(dict.fromkeys(mistakes))} mistake(s)\n{lines}")
+    raise_all(str(path), list(dict.fromkeys(mistakes)))
     return [scenario for scenario in scenarios if scenario is not None]
 
 
@@ -93,20 +92,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not there, a directory, empty, or not TOML.
     """
-    if path.is_dir():
-        raise ValueError(f"{path}: is a directory; give a .toml file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if not text.strip():
-        raise ValueError(f"{path}: is empty; a scenario needs at least model, hardware, trace, [layout] and [workload]")
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
+    mistakes: list[str] = []
+    table = read_table(str(path), path, mistakes)
+    if table is None:
+        raise ValueError(mistakes[0])
+    return dict(table.values)
 
 
 def _apply(values: dict[str, Any], change: str, mistakes: list[str]) -> None:
@@ -142,9 +132,8 @@ def _build(
 ) -> Scenario | None:
     """One set-up; None where anything is wrong with it (then `mistakes` says what)."""
     before = len(mistakes)
-    for key in values:
-        if key not in _SCALARS and key not in _TABLES:
-            mistakes.append(f"{prefix}{key}: unknown key; {nearest(key, [*_SCALARS, *_TABLES, 'beside'])}")
+    known = [*_SCALARS, *_TABLES, "beside"]
+    mistakes += [f"{prefix}{key}: unknown key; {nearest(key, known)}" for key in values if key not in known]
     parts: dict[str, Any] = {}
     loaders: dict[str, Callable[[str], Any]] = {
         "model": lambda text: load_model(_existing(text, folder)),
@@ -178,14 +167,14 @@ def _build(
     model = parts["model"]
     if "dtypes" in parts:
         given = values["dtypes"]
-        for part, dtype in given.items():
-            if dtype not in BYTES_PER_PARAM:
-                mistakes.append(
-                    f"{prefix}dtypes.{part}: unknown format {dtype!r}; {nearest(str(dtype), BYTES_PER_PARAM)}"
-                )
+        mistakes += [
+            f"{prefix}dtypes.{part}: unknown format {dtype!r}; {nearest(str(dtype), BYTES_PER_PARAM)}"
+            for part, dtype in given.items()
+            if dtype not in BYTES_PER_PARAM
+        ]
+        if len(mistakes) > before:
+            return None
         model = dataclasses.replace(model, dtypes=dataclasses.replace(model.dtypes, **given))
-    if len(mistakes) > before:
-        return None
     scenario = Scenario(
         name=str(values["name"]),
         model=model,
@@ -211,9 +200,7 @@ def structure(cls: type[T], values: Any, where: str, mistakes: list[str]) -> T |
     before = len(mistakes)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            mistakes.append(f"{where}.{key}: unknown key; {nearest(key, fields)}")
+    mistakes += [f"{where}.{key}: unknown key; {nearest(key, fields)}" for key in values if key not in fields]
     built: dict[str, Any] = {}
     for name, item in fields.items():
         if name not in values:

@@ -129,7 +129,7 @@ def read_table(where: str, source: Traversable, mistakes: list[str]) -> Table | 
         else:
             if values:
                 return Table(where, values, mistakes)
-            problem = "is empty; start from one of the files in hwprofiles/"
+            problem = "is empty; start from one of the files that come with moesim"
     mistakes.append(f"{where}: {problem}")
     return None
 

@@ -27,7 +27,7 @@ _SCALARS = {
     "token_id": (pa.int32(), "int32"),
     "layer": (pa.int16(), "int16"),
 }
-_LISTS = {
+LISTS = {
     "expert_ids": ((pa.uint8(), pa.uint16()), True),
     "weights": ((pa.float16(),), False),
     "predicted_ids": ((pa.uint8(), pa.uint16()), False),
@@ -104,7 +104,7 @@ def column_mistakes(table: pa.Table) -> list[str]:
             row = _first_null(table[name])
             found.append(f"column {name}, row {row}: must not be null; fill it in")
     size = None
-    for name, (kinds, required) in _LISTS.items():
+    for name, (kinds, required) in LISTS.items():
         if name not in table.column_names:
             if required:
                 found.append(f"column {name} lacks; the file has {', '.join(table.column_names)}")

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from moesim.files.trace_rules import trace_mistakes
 from moesim.files.trace_table import (
+    LISTS,
     column_mistakes,
     find_layers,
     header_facts,
@@ -163,8 +164,18 @@ def _load(path: Path) -> pa.Table:
 
 
 def _open(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer in which ids are coded by dictionary and the bytes of weights apart, a tenth smaller together."""
+    leaves = {name: f"{name}.list.element" if name in LISTS else name for name in schema.names}
+    weights = leaves.pop("weights", None)
     return pq.ParquetWriter(
-        path, schema, compression="zstd", compression_level=9, write_statistics=False, write_page_checksum=True
+        path,
+        schema,
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=list(leaves.values()),
+        column_encoding={weights: "BYTE_STREAM_SPLIT"} if weights else None,
+        write_statistics=False,
+        write_page_checksum=True,
     )
 
 

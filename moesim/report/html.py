@@ -66,22 +66,14 @@ def page(results: Sequence[Result]) -> str:
         body.append(_section("Headline", "", _table(tables["Headline"])))
     metric = main_metric(results)
     if metric:
-        says = (
-            "Whiskers: the interval that the believed efficiencies leave open."
-            if _has(results, metric)
-            else ""
-        )
+        says = "Whiskers: the interval that the believed efficiencies leave open." if _has(results, metric) else ""
         body.append(_picture(label_of(metric), says, draw("throughput", results)))
     times = "".join(
-        _details(section.title, _table(section))
-        for title, section in tables.items()
-        if title.startswith("Where a")
+        _details(section.title, _table(section)) for title, section in tables.items() if title.startswith("Where a")
     )
     says = "Exposed time, mean over ranks and iterations; what hides behind other work is not in it."
     body.append(_picture("Where the time of an iteration goes", says, draw("iteration", results), times))
-    says = (
-        "A rise that stays is a growing context or a drifting load; a spike is a miss, a queue or a failure."
-    )
+    says = "A rise that stays is a growing context or a drifting load; a spike is a miss, a queue or a failure."
     body.append(_picture("Decode iterations over time", says, draw("steps", results)))
     alone = [result.name for result in results if not has_load(result)]
     says = "Tokens x experts computed on each rank: the reddest rank of a layer sets its pace."
@@ -97,13 +89,9 @@ def page(results: Sequence[Result]) -> str:
     body.append(_picture("Where the numbers come from", says, draw("provenance", results)))
     about = warnings_of(results)
     if about:
-        lines = [
-            f"<li><b>{escape(', '.join(names))}</b>: {escape(text)}</li>" for text, names in about.items()
-        ]
+        lines = [f"<li><b>{escape(', '.join(names))}</b>: {escape(text)}</li>" for text, names in about.items()]
         body.append(_section("Warnings", "", f'<ul class="warnings">{"".join(lines)}</ul>'))
-    scenarios = [
-        _details(f"Scenario of {r.name}", f"<pre>{escape(_plain(r.scenario))}</pre>") for r in results
-    ]
+    scenarios = [_details(f"Scenario of {r.name}", f"<pre>{escape(_plain(r.scenario))}</pre>") for r in results]
     body.append(_section("Scenarios", "Enough to run each set-up again.", "".join(scenarios)))
     return Template(_file("page.html")).substitute(
         title=escape(" · ".join(result.name for result in results)),
@@ -127,9 +115,7 @@ def answer(results: Sequence[Result]) -> str:
     unit = unit_of(metric, [best.metrics[metric]])
     interval = best.intervals.get(metric)
     amount = quantity(best.metrics[metric], unit).replace(" s", " seconds")
-    what = (
-        f"{amount} {label_of(metric)[:1].lower()}{label_of(metric)[1:]}" if is_rate else f"{amount} per token"
-    )
+    what = f"{amount} {label_of(metric)[:1].lower()}{label_of(metric)[1:]}" if is_rate else f"{amount} per token"
     what += f" {between(interval, unit)}" if interval else ""
     if not others:
         said = [f"{best.name} reaches {what}."]
@@ -140,9 +126,7 @@ def answer(results: Sequence[Result]) -> str:
         unsure = [other.name for other in others if _overlap(best, other, metric)]
         if unsure:
             verb = "overlaps" if len(unsure) == 1 else "overlap"
-            said.append(
-                f"The interval of {_listed(unsure)} {verb} with it, so that this order is not certain."
-            )
+            said.append(f"The interval of {_listed(unsure)} {verb} with it, so that this order is not certain.")
     said += _bound(best, others)
     measured = best.provenance.get("measured_fraction")
     if measured is not None:

@@ -131,9 +131,7 @@ def _flows(
     for target, record in enumerate(records):
         begins, ends = spans[target]
         sources = [index for index in record.after if where[index] != where[target]]
-        sources = [
-            index for index in sources if spans[index][0] < min(begins, spans[index][1]) and begins < ends
-        ]
+        sources = [index for index in sources if spans[index][0] < min(begins, spans[index][1]) and begins < ends]
         sources.sort(key=lambda index: (-spans[index][1], index))
         kept = sources[: min(MOST_FLOWS_INTO_ONE, most - len(events) // 2)]
         left_out += len(sources) - len(kept)

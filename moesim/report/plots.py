@@ -95,11 +95,7 @@ def colours_of(parts: Sequence[str]) -> dict[str, str]:
 def throughput(results: Sequence[Result]) -> Figure | None:
     """Bars of the ranking metric, with whiskers where it has an interval."""
     metric = main_metric(results)
-    shown = [
-        result
-        for result in results
-        if metric is not None and math.isfinite(result.metrics.get(metric, math.nan))
-    ]
+    shown = [result for result in results if metric is not None and math.isfinite(result.metrics.get(metric, math.nan))]
     if metric is None or not shown:
         return None
     size, sign = unit_of(metric, [result.metrics[metric] for result in shown])
@@ -137,9 +133,7 @@ def iteration(results: Sequence[Result]) -> Figure | None:
         panels.append((phase, sign, [_divided(table, size) for table in tables], ends))
         some = [total for total in totals if total]
         if max(some) > 4 * min(some):
-            shares = [
-                _divided(table, (total or 1) / 100) for table, total in zip(tables, totals, strict=True)
-            ]
+            shares = [_divided(table, (total or 1) / 100) for table, total in zip(tables, totals, strict=True)]
             panels.append((f"{phase}, as shares", "% of the iteration", shares, [""] * len(results)))
     if not panels:
         return None
@@ -173,9 +167,7 @@ def memory(results: Sequence[Result]) -> Figure | None:
             text = f"{number(end)} of {number(capacity)} GiB" + (", does not fit" if end > capacity else "")
         axes.annotate(text, (max(end, capacity), y), (8, 0), textcoords="offset points", va="center")
     axes.set_xlim(0, max(*ends, *capacities) * 1.22)
-    _finish_bars(
-        axes, [result.name for result in results], "GiB on the fullest device; the line is its capacity"
-    )
+    _finish_bars(axes, [result.name for result in results], "GiB on the fullest device; the line is its capacity")
     _legend(figure, parts, colours)
     return figure
 
@@ -255,9 +247,7 @@ def steps(results: Sequence[Result]) -> Figure | None:
     for index, result in shown:
         step_S = np.array(result.step_s) / size
         colour = SETUPS[index % len(SETUPS)]
-        starts = np.unique(
-            np.linspace(0, len(step_S), min(MOST_POINTS, len(step_S)), endpoint=False).astype(int)
-        )
+        starts = np.unique(np.linspace(0, len(step_S), min(MOST_POINTS, len(step_S)), endpoint=False).astype(int))
         mean_S = np.add.reduceat(step_S, starts) / np.diff([*starts, len(step_S)])
         if len(starts) < len(step_S):
             low_S, high_S = np.minimum.reduceat(step_S, starts), np.maximum.reduceat(step_S, starts)
@@ -314,9 +304,7 @@ def _stack(
     totals = [math.fsum(table.values()) for table in tables]
     for part in parts:
         widths = [table.get(part, 0.0) for table in tables]
-        axes.barh(
-            range(len(tables)), widths, left=ends, height=0.6, color=colours[part], edgecolor="white", lw=0.6
-        )
+        axes.barh(range(len(tables)), widths, left=ends, height=0.6, color=colours[part], edgecolor="white", lw=0.6)
         for y, width in enumerate(widths):
             if width > 0.055 * max(totals):
                 share, ink = percent(width / totals[y]), _ink_on(colours[part])

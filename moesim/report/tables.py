@@ -166,9 +166,7 @@ def parts_of(tables: Iterable[Mapping[str, float]], first: Sequence[str] = PARTS
 
 def phases_of(results: Sequence[Result]) -> list[str]:
     """Phases in which some set-up spends time, decode first."""
-    spent = (
-        phase for result in results for phase, table in result.breakdown_s.items() if any(table.values())
-    )
+    spent = (phase for result in results for phase, table in result.breakdown_s.items() if any(table.values()))
     return ordered(spent, ("decode", "prefill"))
 
 

@@ -37,30 +37,40 @@ _BLOCK = 128  # tokens whose ids stay in cache while one layer's tables are at h
 def _count(  # type: ignore[no-untyped-def]
     ids_TLK, rows_B, source_B, base_R, slot_LXE, rank_P, slots_per_rank, node_R, load_LP, traffic_CLR, stamp_LR
 ):
-    """The inner loop has no branch that depends on the data: mispredicted ones would cost more than the counting."""
+    """Count, block by block: the rows of a block are copied together first, so that they stream from memory once.
+
+    The inner loop has no branch that depends on the data, since mispredicted ones would cost more than the counting,
+    makes no array views, each of which costs an atomic count of references, and indexes with unsigned numbers, which
+    need no check for wrapping around.
+    """
     num_layers, top_k, num_choices = ids_TLK.shape[1], ids_TLK.shape[2], slot_LXE.shape[1]
+    block_BLK = np.empty((_BLOCK, num_layers, top_k), ids_TLK.dtype)
     for first in range(0, rows_B.size, _BLOCK):
+        size = min(_BLOCK, rows_B.size - first)
+        for i in range(size):
+            block_BLK[i] = ids_TLK[rows_B[first + i]]
         for layer in range(num_layers):
             slot_XE, load_P, stamp_R = slot_LXE[layer], load_LP[layer], stamp_LR[layer]
-            in_CR, out_CR = traffic_CLR[2:, layer], traffic_CLR[:2, layer]
-            for b in range(first, min(first + _BLOCK, rows_B.size)):
-                ids_K, slot_E = ids_TLK[rows_B[b], layer], slot_XE[b % num_choices]
-                source, stamp = source_B[b], np.int32(b)
-                base, node = base_R[source], node_R[source]
+            near_in_R, far_in_R = traffic_CLR[2, layer], traffic_CLR[3, layer]
+            for i in range(size):
+                source, stamp = source_B[first + i], np.int32(first + i)
+                node, choice = node_R[source], (first + i) % num_choices
+                base, base_slot = np.uint64(base_R[source]), np.uint64(base_R[source] * slots_per_rank)
                 stamp_R[source] = stamp  # a rank does not send to itself
-                num_new, num_far = np.int32(0), np.int32(0)
+                num_near, num_far = np.int32(0), np.int32(0)
                 for k in range(top_k):
-                    slot = slot_E[ids_K[k]]
-                    rank = base + rank_P[slot]
-                    load_P[base * slots_per_rank + slot] += 1
+                    slot = np.uint64(slot_XE[choice, block_BLK[i, layer, k]])
+                    rank = base + np.uint64(rank_P[slot])
+                    load_P[base_slot + slot] += 1
                     new = np.int32(stamp_R[rank] != stamp)
-                    far = np.int32(node_R[rank] != node)
+                    far = new & np.int32(node_R[rank] != node)
                     stamp_R[rank] = stamp
-                    in_CR[far, rank] += new
-                    num_new += new
-                    num_far += new & far
-                out_CR[0, source] += num_new - num_far
-                out_CR[1, source] += num_far
+                    near_in_R[rank] += new - far
+                    far_in_R[rank] += far
+                    num_near += new - far
+                    num_far += far
+                traffic_CLR[0, layer, source] += num_near
+                traffic_CLR[1, layer, source] += num_far
 
 
 class Counter:

@@ -24,7 +24,8 @@ def expert_load_LE(trace: RoutingTrace) -> NDArray[np.int64]:
 def load_skew_L(trace: RoutingTrace) -> Floats:
     """Load of the busiest expert over the mean load, [L]; 1 is even, E / K is one set for all tokens.
 
-    max_e n_e / mean_e n_e. Source: the usual imbalance measure, e.g. FasterMoE (PPoPP 2022), section 3.
+    max_e n_e / mean_e n_e. Source: the usual measure of imbalance; its inverse is the efficiency of a layer that
+    waits for its busiest expert.
     """
     load_LE = expert_load_LE(trace)
     return np.asarray(load_LE.max(axis=1) / load_LE.mean(axis=1), dtype=np.float64)
@@ -58,6 +59,18 @@ def set_overlap_L(trace: RoutingTrace) -> tuple[Floats, Floats]:
         shared_TL += (now == before[:, :, k, None]).any(axis=2)
     chosen_LE = expert_load_LE(trace) / trace.num_tokens
     return _mean(shared_TL / trace.top_k), np.square(chosen_LE).sum(axis=1) / trace.top_k
+
+
+def token_affinity_L(trace: RoutingTrace) -> tuple[Floats, Floats]:
+    """P(same top-1 expert) of two tokens of different requests with equal token id, and of any two; [L] both.
+
+    The share of such pairs that agree, over all pairs: how far the token itself, not its surroundings, decides.
+    NaN where there is no pair. Source: token-level routing of OpenMoE (arXiv 2402.01739), as a pair count.
+    """
+    top_TL = trace.expert_ids_TLK[:, :, 0].astype(np.int64)
+    everything_T = np.zeros(trace.num_tokens, dtype=np.int64)
+    _values, vocabulary_T = np.unique(trace.token_id_T, return_inverse=True)
+    return _agreement_L(top_TL, vocabulary_T, trace), _agreement_L(top_TL, everything_T, trace)
 
 
 def layer_information(trace: RoutingTrace, *, seed: int = 0) -> tuple[Floats, Floats]:
@@ -164,6 +177,7 @@ def statistics(trace: RoutingTrace) -> dict[str, Floats]:
     """
     repeat, repeat_by_chance = top1_repeat_L(trace)
     overlap, overlap_by_chance = set_overlap_L(trace)
+    affinity, affinity_by_chance = token_affinity_L(trace)
     information, information_by_chance = layer_information(trace)
     recall, recall_by_popularity = prediction_recall(trace)
     measures = {
@@ -172,6 +186,8 @@ def statistics(trace: RoutingTrace) -> dict[str, Floats]:
         "top1_repeat_rate_by_chance": repeat_by_chance,
         "set_overlap_fraction": overlap,
         "set_overlap_fraction_by_chance": overlap_by_chance,
+        "token_affinity_rate": affinity,
+        "token_affinity_rate_by_chance": affinity_by_chance,
         "layer_information_bits": information,
         "layer_information_bits_by_chance": information_by_chance,
         "prediction_recall_fraction": recall,
@@ -186,6 +202,24 @@ def statistics(trace: RoutingTrace) -> dict[str, Floats]:
         capacity = max(1, trace.num_experts // share)
         measures[f"lru_hit_ratio_{capacity}_experts"] = lru_hit_ratio_L(trace, capacity)
     return measures
+
+
+def _agreement_L(top_TL: NDArray[np.int64], group_T: NDArray[np.int64], trace: RoutingTrace) -> Floats:
+    """Share of pairs within a group, but of different requests, that have the same top-1, [L]."""
+    request_T = np.unique(trace.request_T, return_inverse=True)[1]
+    in_request_T = group_T * (request_T.max() + 1) + request_T
+    pairs = _equal_pairs(group_T) - _equal_pairs(in_request_T)
+    E, L = trace.num_experts, trace.num_layers
+    agree = [
+        _equal_pairs(group_T * E + top_TL[:, layer]) - _equal_pairs(in_request_T * E + top_TL[:, layer])
+        for layer in range(L)
+    ]
+    return np.asarray(agree, dtype=np.float64) / pairs if pairs else np.full(L, np.nan)
+
+
+def _equal_pairs(values: NDArray[np.int64]) -> int:
+    """Ordered pairs of equal values, a value with itself included."""
+    return int(np.square(np.unique(values, return_counts=True)[1]).sum())
 
 
 def _counts_LE(ids_TLK: NDArray[np.unsignedinteger], num_experts: int) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ def zipf_trace(
     """A trace labelled synthetic; expert i of a layer's own random order has popularity 1 / (i + 1)^exponent.
 
     K distinct experts are drawn without replacement by the Gumbel top-k trick (Vieira, 2014; arXiv 1903.06059).
-    Predictions are the true experts of the next layer, each replaced by a random one with probability 1/4.
+    Predictions are the true experts of the next layer; with probability 1/4 those of some other token.
     """
     rng = np.random.default_rng(seed)
     per_request = prompt_tokens + output_tokens
@@ -35,8 +35,8 @@ def zipf_trace(
             noisy = score_E.astype(np.float32) + rng.gumbel(size=(rows, num_experts)).astype(np.float32)
             ids_TLK[start : start + rows, layer] = np.argpartition(-noisy, top_k - 1)[:, :top_k]
     predicted = ids_TLK[:, 1:].copy()
-    wrong = rng.random(predicted.shape) < 0.25
-    predicted[wrong] = rng.integers(0, num_experts, int(wrong.sum()))
+    token, layer = np.nonzero(rng.random(predicted.shape[:2]) < 0.25)
+    predicted[token, layer] = predicted[rng.integers(0, num_tokens, len(token)), layer]
     position_T = np.tile(np.arange(per_request, dtype=np.int32), num_requests)
     return RoutingTrace(
         name=f"zipf-{num_layers}x{num_experts}",

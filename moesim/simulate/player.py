@@ -58,8 +58,8 @@ class Player:
         self._sources.append(source)
         self._start.append(np.zeros(num_ranks))
         self._finish.append(np.zeros(num_ranks))
-        is_choice = isinstance(op, Choice)
-        self._finished.append(np.arange(num_ranks) != op.rank if is_choice else ~self._take_part[op.group])
+        takes_part = np.arange(num_ranks) == op.rank if isinstance(op, Choice) else self._take_part[op.group]
+        self._finished.append(~takes_part)
 
     def _arm(self, n: int, only: int | None = None) -> None:
         """Let operation n start, in each of its groups, when all that it waits for has finished there."""
