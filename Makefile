@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test slow lint bench clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment: install python3-venv" >&2; exit 1; }
@@ -21,7 +21,10 @@ demo: $(VENV)/run.stamp
 	$(BIN)/moesim run studies/quickstart.toml --report build/quickstart.html --perfetto build/quickstart.perfetto.json
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

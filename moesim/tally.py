@@ -102,7 +102,7 @@ class Tally:
             if steps
         }
         if self._imbalance:
-            metrics["expert_load_max_over_mean_ratio"] = float(np.mean(self._imbalance))
+            metrics["expert_load_max_to_mean_ratio"] = float(np.mean(self._imbalance))
         exposed = [n for n in breakdown.get("decode", {}) if n in _COMMUNICATION]
         if decode and s.cluster.num_ranks > 1:
             metrics["exposed_communication_fraction"] = sum(breakdown["decode"][n] for n in exposed) / metrics["tpot_s"]
@@ -135,9 +135,9 @@ class Tally:
 _COMMUNICATION = (
     "dispatch",
     "combine",
-    "all-reduce",
-    "reduce-scatter",
-    "all-gather",
-    "expert copies",
+    "allreduce",
+    "reduce_scatter",
+    "all_gather",
+    "expert_copies",
     "prefetch",
 )

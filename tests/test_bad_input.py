@@ -68,7 +68,7 @@ BROKEN = {
     "weights that do not fit": (
         GOOD.replace("hgx-h100", "rtx-4090").replace("dp = 8", "dp = 1").replace("ep = 8", "ep = 1")
         + "prompt_tokens = 9000\n",
-        ["memory: needs", "experts 12.0", "kv cache", "device_expert_fraction"],
+        ["memory: needs", "experts 12.0", "kv_cache", "device_expert_fraction"],
     ),
     "trace of another shape": (
         GOOD.replace("trace.parquet", "other.parquet"),

@@ -79,7 +79,7 @@ def test_decode_steps_with_offloaded_experts(prefetch):
         np.testing.assert_array_equal(walked.start_NR, played.start_NR)
         np.testing.assert_array_equal(walked.finish_NR, played.finish_NR)
         assert [op.name for op in walked.operations] == [op.name for op in played.operations]
-        fetched += sum(op.name == "expert copies" for op in walked.operations)
+        fetched += sum(op.name == "expert_copies" for op in walked.operations)
         for op, start in zip(walked.operations, walked.start_NR[:, 0], strict=True):
             assert all(walked.finish_NR[a, 0] <= start for a in op.after)
     assert fetched == by_walk.store.num_misses == by_play.store.num_misses > 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import moesim.traces as moesim_traces
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.files.traces import read_trace
 from moesim.routing import statistics as stats
 from moesim.routing.trace import RoutingTrace
 
@@ -160,3 +164,16 @@ def test_sizes_that_make_no_sense(wrong):
         stats.distinct_experts_L(random_trace(0), wrong)
     with pytest.raises(ValueError, match="at least 1"):
         stats.lru_hit_ratio_L(random_trace(0), wrong)
+
+
+def test_the_shipped_trace_is_balanced_and_far_from_chance():
+    """What traces/README.md promises: OLMoE's shape, a trained router, structure over tokens and over layers."""
+    trace = read_trace(Path(moesim_traces.__path__[0]) / "olmoe-shape-16x64.parquet")
+    assert (trace.num_layers, trace.num_experts, trace.top_k, trace.origin) == (16, 64, 8, "trained")
+    assert trace.weights_TLK is not None and trace.is_decode_T.any() and not trace.is_decode_T.all()
+    measures = {name: values.mean() for name, values in stats.statistics(trace).items()}
+    assert measures["load_skew_ratio"] < 2
+    assert measures["token_affinity_rate"] > 5 * measures["token_affinity_rate_by_chance"]
+    assert measures["top1_repeat_rate"] > 2 * measures["top1_repeat_rate_by_chance"]
+    assert measures["layer_information_bits"] > 5 * measures["layer_information_bits_by_chance"]
+    assert measures["prediction_recall_fraction"] > 3 * measures["prediction_recall_fraction_by_popularity"]

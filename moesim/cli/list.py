@@ -31,11 +31,13 @@ def list_command(kind: str, as_json: bool) -> None:
 
     table = Table(box=None, pad_edge=False)
     for name in rows[0] if rows else ():
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=name == kind[:-1])
     for row in rows:
         table.add_row(*(f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values()))
     console = Console()
-    console.print(table, width=max(console.width, 100) if not console.is_terminal else None)
+    if not console.is_terminal:  # a pipe has no width to fold to
+        console = Console(width=160)
+    console.print(table)
 
 
 def _models() -> list[dict[str, Any]]:
@@ -69,7 +71,7 @@ def _hardware() -> list[dict[str, Any]]:
         c = load_cluster(name)
         rows.append(
             {
-                "machine": name,
+                "hardware": name,
                 "devices": c.num_ranks,
                 "device": c.device.name,
                 "memory (GiB)": c.device.memory.capacity_bytes / 2**30,

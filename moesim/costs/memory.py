@@ -48,4 +48,4 @@ def device_bytes(
             experts += math.ceil(slots * device_expert_fraction) * largest / layout.experts.etp
             widest = max(widest, layer.ffn.top_k * max(layer.ffn.expert_widths) // layout.experts.etp)
     activations = batched_tokens * (4 * h + 2 * widest) * size[model.dtypes.activation]
-    return {"experts": experts, "other weights": other, "kv cache": kv, "activations": activations}
+    return {"experts": experts, "other_weights": other, "kv_cache": kv, "activations": activations}

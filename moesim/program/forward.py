@@ -83,19 +83,19 @@ class Forward:
             self._rows.setdefault(name, []).append(op)
             return op
 
-        last = add("embedding and head", -1, "compute")
+        last = add("head", -1, "compute")
         moe_layer = 0
         for i, layer in enumerate(self.model.layers):
             routed = isinstance(layer.ffn, Experts)
             if layer.mixer:
                 last = add("attention", i, "compute", after=(last,))
                 if self._tp > 1:
-                    name = "reduce-scatter" if routed and self._spread else "all-reduce"
+                    name = "reduce_scatter" if routed and self._spread else "allreduce"
                     last = add(name, i, "network", "tp", (last,))
             if isinstance(layer.ffn, Dense):
-                last = add("dense ffn", i, "compute", after=(last,))
+                last = add("dense", i, "compute", after=(last,))
                 if self._tp > 1:
-                    last = add("all-reduce", i, "network", "tp", (last,))
+                    last = add("allreduce", i, "network", "tp", (last,))
             elif isinstance(layer.ffn, Experts):
                 last = self._lower_experts(draft, add, layer.ffn, i, moe_layer, last, expand)
                 moe_layer += 1
@@ -109,7 +109,7 @@ class Forward:
         if self._spread:
             last = add("dispatch", i, "network", "ep", (router,))
         if ffn.shared_width or ffn.residual_width:
-            shared = add("shared experts", i, "compute", after=(router,))
+            shared = add("shared_experts", i, "compute", after=(router,))
             waits: tuple[int, ...] = (last, shared)
         else:
             waits = (last,)
@@ -119,8 +119,8 @@ class Forward:
             last = add("experts", i, "compute", after=waits)
         if self._spread:
             last = add("combine", i, "network", "ep", (last,))
-            return add("all-gather", i, "network", "tp", (last,)) if self._tp > 1 else last
-        return add("all-reduce", i, "network", "tp", (last,)) if self._tp > 1 else last
+            return add("all_gather", i, "network", "tp", (last,)) if self._tp > 1 else last
+        return add("allreduce", i, "network", "tp", (last,)) if self._tp > 1 else last
 
     def price(self, batch: Batch, counts: Counts | None, bound: str = "value") -> Costs:
         """Seconds and bytes of every operation for one batch.
@@ -153,18 +153,18 @@ class Forward:
         if attention:
             put("attention", np.repeat(np.array(attention), self._tp, axis=1), ("gemm", "attention", "memory"))
         if dense:
-            put("dense ffn", np.repeat(np.array(dense), self._tp, axis=1), ("gemm", "memory"))
-        put("embedding and head", self._head_R(batch, bound), ("gemm", "memory"))
+            put("dense", np.repeat(np.array(dense), self._tp, axis=1), ("gemm", "memory"))
+        put("head", self._head_R(batch, bound), ("gemm", "memory"))
         rows_bytes_R = np.repeat(tokens_D, self._tp) * self.model.hidden_size * self._activation_bytes
         if self._tp > 1:
             moved = rows_bytes_R * (self._tp - 1) / self._tp
             put(
-                "all-reduce",
+                "allreduce",
                 network.all_reduce_s(rows_bytes_R, self._tp, cluster, bound),
                 ("network",),
                 2 * moved,
             )
-            for name in ("reduce-scatter", "all-gather"):
+            for name in ("reduce_scatter", "all_gather"):
                 put(
                     name,
                     network.half_all_reduce_s(rows_bytes_R, self._tp, cluster, bound),
@@ -188,7 +188,7 @@ class Forward:
         put("router", seconds, ("gemm", "memory"))
         shared = ffn.shared_params(h) / (1 if self._spread else self._tp)
         seconds = self._rows_s(shared, own_R, self.model.dtypes.dense, bound) + 3 * device.launch_s
-        put("shared experts", seconds, ("gemm", "memory"))
+        put("shared_experts", seconds, ("gemm", "memory"))
         if counts is None:
             return
         params = {"count": ffn.expert_params(h, max(ffn.expert_widths)) / self.layout.experts.etp}

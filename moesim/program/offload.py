@@ -75,7 +75,7 @@ class ExpertStore:
         for expert in [*coming, *missing]:
             copy = resident.get(expert, _ARRIVED)
             if expert not in resident:
-                copy = self._fetch(pieces, "expert copies")
+                copy = self._fetch(pieces, "expert_copies")
                 self._keep(layer, expert, set(needed))
             waits = (copy,) if last_run is None else (copy, last_run)
             last_run = pieces.add("experts", "compute", self._experts_s(load_E[[expert]]), 0.0, waits)

@@ -25,18 +25,18 @@ HEADLINE = (
 # Parts of an iteration in the order a token meets them, then what is lost, then the rest.
 PARTS = (
     "embedding", "attention", "allreduce", "all_reduce", "dense", "mlp", "router", "gate", "shared",
-    "shared_experts", "dispatch", "expert_load", "expert_loads", "copy", "miss", "misses", "prefetch",
-    "experts", "cpu_experts", "combine", "head", "pipeline", "imbalance", "bubble", "wait", "queue",
+    "shared_experts", "reduce_scatter", "dispatch", "expert_load", "expert_loads", "expert_copies", "copy", "miss", "misses", "prefetch",
+    "experts", "cpu_experts", "combine", "all_gather", "head", "pipeline", "imbalance", "bubble", "wait", "queue",
     "overhead", "launch", "other",
 )  # fmt: skip
 MEMORY_PARTS = (
-    "weights", "attention", "dense", "shared", "shared_experts", "experts", "expert_cache", "head",
+    "weights", "other_weights", "attention", "dense", "shared", "shared_experts", "experts", "expert_cache", "head",
     "embedding", "kv_cache", "kv", "activations", "buffers", "other",
 )  # fmt: skip
 PROVENANCE = ("measured_fraction", "fitted_fraction", "datasheet_fraction", "assumed_fraction")
 NONE = "\u2013"
 WORDS = {
-    **{word: word.upper() for word in ("ttft", "tpot", "itl", "kv", "gpu", "cpu", "hbm", "slo", "flop")},
+    **{word: word.upper() for word in ("ttft", "tpot", "e2e", "itl", "kv", "gpu", "cpu", "hbm", "slo", "flop")},
     **{word: word.upper() for word in ("ep", "tp", "dp", "pp", "mla", "mtp", "lru", "lfu", "mfu", "mbu")},
     "allreduce": "all-reduce", "head": "LM head", "nvlink": "NVLink", "pcie": "PCIe",
 }  # fmt: skip

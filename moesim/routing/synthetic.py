@@ -35,8 +35,8 @@ def zipf_trace(
             noisy = score_E.astype(np.float32) + rng.gumbel(size=(rows, num_experts)).astype(np.float32)
             ids_TLK[start : start + rows, layer] = np.argpartition(-noisy, top_k - 1)[:, :top_k]
     predicted = ids_TLK[:, 1:].copy()
-    token, layer = np.nonzero(rng.random(predicted.shape[:2]) < 0.25)
-    predicted[token, layer] = predicted[rng.integers(0, num_tokens, len(token)), layer]
+    tokens, layers = np.nonzero(rng.random(predicted.shape[:2]) < 0.25)
+    predicted[tokens, layers] = predicted[rng.integers(0, num_tokens, len(tokens)), layers]
     position_T = np.tile(np.arange(per_request, dtype=np.int32), num_requests)
     return RoutingTrace(
         name=f"zipf-{num_layers}x{num_experts}",
