@@ -63,6 +63,10 @@ class Scenario:
         """Every rule that the parts break together, one sentence each; an empty list for a sound scenario."""
         found = self.layout.mistakes(self.model, self.cluster.num_ranks) + self.workload.mistakes()
         found += self._policy_mistakes() + self._trace_mistakes()
+        if any(layer.cross for layer in self.model.layers):
+            found.append(
+                f"model: {self.model.name!r} is an encoder-decoder, which no step is lowered for yet; use a decoder"
+            )
         if self.engine not in ("simulate", "estimate"):
             found.append(f'engine: must be "simulate" or "estimate", given {self.engine!r}')
         if found:

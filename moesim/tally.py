@@ -36,7 +36,7 @@ class Tally:
         for name, exposed in zip(played.parts, exposed_XR.mean(axis=1), strict=True):
             parts_s[name] = parts_s.get(name, 0.0) + float(exposed)
         parts_s["imbalance"] = parts_s.get("imbalance", 0.0) + float(idle_R.mean())
-        np.add.at(self._busy_s, played.costs.source_N, played.costs.seconds_NR.sum(axis=1))
+        self._busy_s += played.costs.seconds_NR.sum(axis=1) @ played.costs.shares_NX
         if iteration.counts is not None:
             load_LR = iteration.counts.load_LRS.sum(axis=-1, dtype=np.int64)
             if iteration.phase == "decode":

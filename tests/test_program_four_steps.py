@@ -59,7 +59,7 @@ def test_one_microbatch_forward_and_backward_over_two_pipeline_stages():
     seconds = np.array(
         [[3, 3, 0, 0], [1, 1, 1, 1], [0, 0, 3, 4], [0, 0, 6, 8], [1, 1, 1, 1], [6, 6, 0, 0], [0, 0, 2, 2]]
     )
-    costs = Costs(seconds.astype(float), np.zeros((7, 4)), np.zeros(7, np.int8))
+    costs = Costs(seconds.astype(float), np.zeros((7, 4)), np.zeros((7, 4)))
     walked = assert_same(program, costs)
     assert walked.finish_NR[5].tolist() == [3 + 1 + 3 + 6 + 1 + 6, 3 + 1 + 4 + 8 + 1 + 6, 0, 0]
     assert walked.seconds == 23
@@ -91,7 +91,7 @@ def test_a_shared_resource_queues_in_play_and_not_in_the_walk():
     draft = Draft(2, {})
     draft.add("copy", 0, "host link")
     program = draft.program({"host link": 1})
-    costs = Costs(np.full((1, 2), 5.0), np.ones((1, 2)), np.zeros(1, np.int8))
+    costs = Costs(np.full((1, 2), 5.0), np.ones((1, 2)), np.zeros((1, 4)))
     assert walk(program, costs).finish_NR.tolist() == [[5.0, 5.0]]
     assert play(program, costs).finish_NR.tolist() == [[5.0, 10.0]]
     assert play(draft.program({"host link": 2}), costs).finish_NR.tolist() == [[5.0, 5.0]]

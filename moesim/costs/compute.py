@@ -6,8 +6,6 @@ Every function takes arrays and returns seconds as arrays. `bound` chooses the e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +25,28 @@ def efficiency(device: Device, kind: str, bound: str) -> float:
 def source(device: Device, *kinds: str) -> int:
     """Index in `SOURCES` of the weakest number behind a time made of those kinds of work."""
     return max(SOURCES.index(device.efficiency.get(kind, UNKNOWN).source) for kind in kinds)
+
+
+def shares(work_s: float, overhead_s: float, device: Device, *kinds: str) -> Floats:
+    """Share of a time that rests on each of `SOURCES`: work on its efficiencies, overhead on the launch time."""
+    rests = np.zeros(len(SOURCES))
+    total = work_s + overhead_s
+    if total:
+        rests[source(device, *kinds)] += work_s / total
+        rests[launch_source(device)] += overhead_s / total
+    return rests
+
+
+def launch_s(device: Device, bound: str) -> float:
+    """Seconds to start one kernel; believed within a factor of two where it was not measured."""
+    factor = {"value": 1.0, "low": 2.0, "high": 0.5}[bound] if launch_source(device) else 1.0
+    return device.launch_s * factor
+
+
+def launch_source(device: Device) -> int:
+    """Index in `SOURCES` of the device's launch time."""
+    tag = device.sources.get("launch", "assumed").partition(":")[0]
+    return SOURCES.index(tag)
 
 
 def arithmetic_flops_per_s(device: Device, weight_dtype: str) -> float:
@@ -76,7 +96,7 @@ def gemm_s(
 
 def experts_s(
     load_LRS: NDArray[np.int32],
-    params: Mapping[str, float],
+    params_LRS: Floats | float,
     hidden_size: int,
     device: Device,
     weight_dtype: str,
@@ -84,21 +104,21 @@ def experts_s(
 ) -> Floats:
     """Grouped GEMM of the experts on each rank, [L, R]: experts one after another, each on its own roofline.
 
-    seconds = sum over slots of max(2 params n / peak, (bytes [n > 0] + 2 hidden 2 n) / bandwidth), n tokens in the slot
+    seconds = sum over slots of max(2 params n / peak, (bytes [n > 0] + 2 x 2 hidden n) / bandwidth), n tokens in it
 
     Args:
         load_LRS: tokens in each slot.
-        params: "count" parameters of one expert's slice on a rank.
+        params_LRS: parameters of the expert in each slot (its slice on the rank); 0 for one that computes nothing.
         hidden_size: width of the rows read and written, 2 bytes each.
 
     Source: the weight traffic of cold experts sets the time in decode (MegaBlocks, arXiv 2211.15841, section 5).
     Holds for: one kernel over all experts of a rank; tile padding is in the efficiency.
     """
-    load = load_LRS.astype(np.float64)
-    flops = 2.0 * params["count"] * load
-    num_bytes = params["count"] * BYTES_PER_PARAM[weight_dtype] * (load > 0) + 4.0 * hidden_size * load
-    seconds = gemm_s(flops, num_bytes, device, weight_dtype, "grouped_gemm", bound).sum(axis=-1)
-    return np.asarray(seconds + 2 * device.launch_s * (load.sum(axis=-1) > 0))
+    params = np.asarray(params_LRS, np.float64)
+    load = load_LRS * (params > 0)
+    num_bytes = params * (BYTES_PER_PARAM[weight_dtype] * (load > 0)) + 4.0 * hidden_size * load
+    seconds = gemm_s(2.0 * params * load, num_bytes, device, weight_dtype, "grouped_gemm", bound)
+    return np.asarray(seconds.sum(axis=-1))
 
 
 def attention_core_s(score_flops: Floats, num_bytes: Floats, device: Device, bound: str = "value") -> Floats:

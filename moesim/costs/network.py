@@ -1,11 +1,14 @@
-"""Seconds of collectives on a cluster of two levels: latency plus bytes over the achieved bandwidth of a level."""
+"""Seconds of collectives on a cluster of two levels: bytes over the achieved bandwidth of a level, and time to start.
+
+The time to start (`start_s`: latency and launch) is apart from the bytes, since it rests on other numbers.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.costs.compute import efficiency
+from moesim.costs.compute import efficiency, launch_s
 from moesim.hardware import Cluster, Link
 
 Floats = NDArray[np.float64]
@@ -14,7 +17,7 @@ Floats = NDArray[np.float64]
 def all_to_all_s(traffic_CLR: NDArray[np.int32], token_bytes: float, cluster: Cluster, bound: str = "value") -> Floats:
     """Dispatch (or combine) seconds for each layer and rank, [L, R].
 
-    seconds = latency + max over levels of max(sent, received) x token_bytes / bandwidth
+    seconds = max over levels of max(sent, received) x token_bytes / bandwidth
 
     Args:
         traffic_CLR: tokens sent inside the node, sent outside, received inside, received outside.
@@ -27,28 +30,30 @@ def all_to_all_s(traffic_CLR: NDArray[np.int32], token_bytes: float, cluster: Cl
     achieved = efficiency(cluster.device, "network", bound)
     near = np.maximum(traffic_CLR[0], traffic_CLR[2]) * (token_bytes / (cluster.scale_up.bytes_per_s * achieved))
     far = np.maximum(traffic_CLR[1], traffic_CLR[3]) * (token_bytes / (cluster.scale_out.bytes_per_s * achieved))
-    latency = cluster.scale_out.latency_s if cluster.num_nodes > 1 else cluster.scale_up.latency_s
-    return np.asarray(np.maximum(near, far) + latency + cluster.device.launch_s)
-
-
-def all_reduce_s(num_bytes: Floats, size: int, cluster: Cluster, bound: str = "value") -> Floats:
-    """Two-shot all-reduce among `size` neighbouring ranks: reduce-scatter, then all-gather.
-
-    seconds = 2 (size - 1) / size x num_bytes / bandwidth + 2 latency + launch
-
-    Source: Thakur, Rabenseifner, Gropp, IJHPCA 2005, with direct (all-to-all) exchange inside a node.
-    """
-    return 2 * half_all_reduce_s(num_bytes, size, cluster, bound) - cluster.device.launch_s
+    return np.asarray(np.maximum(near, far))
 
 
 def half_all_reduce_s(num_bytes: Floats, size: int, cluster: Cluster, bound: str = "value") -> Floats:
-    """Reduce-scatter or all-gather of `num_bytes` (the whole buffer) among `size` neighbouring ranks."""
-    link: Link = cluster.scale_up if size <= cluster.devices_per_node else cluster.scale_out
-    rate = link.bytes_per_s * efficiency(cluster.device, "network", bound)
-    return np.asarray((size - 1) / size * num_bytes / rate + link.latency_s + cluster.device.launch_s)
+    """Reduce-scatter or all-gather of `num_bytes` (the whole buffer) among `size` neighbouring ranks.
+
+    seconds = (size - 1) / size x num_bytes / bandwidth; an all-reduce is both, one after the other.
+
+    Source: Thakur, Rabenseifner, Gropp, IJHPCA 2005, with direct (all-to-all) exchange inside a node.
+    """
+    rate = _level(size, cluster).bytes_per_s * efficiency(cluster.device, "network", bound)
+    return np.asarray((size - 1) / size * num_bytes / rate)
+
+
+def start_s(size: int, cluster: Cluster, bound: str = "value") -> float:
+    """Latency of the slowest level that `size` neighbouring ranks span, and the launch of one kernel."""
+    return _level(size, cluster).latency_s + launch_s(cluster.device, bound)
+
+
+def _level(size: int, cluster: Cluster) -> Link:
+    return cluster.scale_up if size <= cluster.devices_per_node else cluster.scale_out
 
 
 def copy_s(num_bytes: float, cluster: Cluster, bound: str = "value") -> float:
-    """Host memory to device memory over the device's host link, pinned."""
+    """Host memory to device memory over the device's host link, pinned; without the time to start."""
     link = cluster.host_link
-    return num_bytes / (link.bytes_per_s * efficiency(cluster.device, "network", bound)) + link.latency_s
+    return num_bytes / (link.bytes_per_s * efficiency(cluster.device, "network", bound))

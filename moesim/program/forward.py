@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.costs import compute, network
-from moesim.hardware import Cluster
+from moesim.hardware import SOURCES, Cluster
 from moesim.layout import Layout
 from moesim.model import BYTES_PER_PARAM, Attention, Dense, Experts, LatentAttention, Mamba, Mixer, ModelSpec
 from moesim.program.operation import Costs, Draft, Fragment, Program
@@ -64,11 +64,20 @@ class Forward:
     """One model on one layout: a program, and its price for any batch.
 
     Args:
+        slot_params_LRS: parameters of the expert (or slice of one) in each slot of each expert rank.
         expand: where given, experts are not one operation but a choice that falls when the router is done.
     """
 
-    def __init__(self, model: ModelSpec, cluster: Cluster, layout: Layout, expand: Expand | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        cluster: Cluster,
+        layout: Layout,
+        slot_params_LRS: Floats | float = 0.0,
+        expand: Expand | None = None,
+    ) -> None:
         self.model, self.cluster, self.layout = model, cluster, layout
+        self._slot_params_LRS = slot_params_LRS
         self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
         self._rows: dict[str, list[int]] = {}
         self.program = self._lower(expand)
@@ -130,47 +139,45 @@ class Forward:
                 experts are priced as the step runs.
             bound: which end of the believed efficiencies to use.
         """
-        num_ops, num_ranks = len(self.program.operations), self.program.num_ranks
-        costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros(num_ops, np.int8))
+        num_ops, num_ranks, tp = len(self.program.operations), self.program.num_ranks, self._tp
+        costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
         tokens_D = np.bincount(batch.group_B, minlength=self._dp).astype(np.float64)
-        device, cluster = self.cluster.device, self.cluster
+        device, launch_s = self.cluster.device, compute.launch_s(self.cluster.device, bound)
 
-        def put(name: str, seconds: Floats, kinds: tuple[str, ...], num_bytes: Floats | float = 0.0) -> None:
-            if name in self._rows:
-                costs.seconds_NR[self._rows[name]] = seconds
-                costs.bytes_NR[self._rows[name]] = num_bytes
-                costs.source_N[self._rows[name]] = compute.source(device, *kinds)
+        def put(
+            name: str, work: Floats, overhead: Floats | float, kinds: tuple[str, ...], num_bytes: Floats | float = 0.0
+        ) -> None:
+            """Write one part of the step: work and overhead broadcast over its layers and ranks."""
+            if rows := self._rows.get(name):
+                costs.seconds_NR[rows] = work + overhead
+                costs.bytes_NR[rows] = num_bytes
+                over = float(np.mean(overhead))
+                costs.shares_NX[rows] = compute.shares(float(np.mean(work)), over, device, *kinds)
 
         per_mixer: dict[Mixer, Floats] = {}
-        attention, dense = [], []
+        attention, launches, dense = [], [], []
         for layer in self.model.layers:
             if layer.mixer:
                 if layer.mixer not in per_mixer:
                     per_mixer[layer.mixer] = self._attention_D(layer.mixer, batch, tokens_D, bound)
                 attention.append(per_mixer[layer.mixer])
+                launches.append(7.0 if isinstance(layer.mixer, LatentAttention) else 4.0)
             if isinstance(layer.ffn, Dense):
-                dense.append(self._linear_D(layer.ffn.num_params(self.model.hidden_size), tokens_D, bound, 3))
+                params = layer.ffn.num_params(self.model.hidden_size) / tp
+                dense.append(self._rows_s(params, tokens_D, self.model.dtypes.dense, bound))
         if attention:
-            put("attention", np.repeat(np.array(attention), self._tp, axis=1), ("gemm", "attention", "memory"))
+            overhead = np.array(launches)[:, None] * launch_s
+            put("attention", np.repeat(np.array(attention), tp, axis=1), overhead, ("gemm", "attention", "memory"))
         if dense:
-            put("dense", np.repeat(np.array(dense), self._tp, axis=1), ("gemm", "memory"))
-        put("head", self._head_R(batch, bound), ("gemm", "memory"))
-        rows_bytes_R = np.repeat(tokens_D, self._tp) * self.model.hidden_size * self._activation_bytes
-        if self._tp > 1:
-            moved = rows_bytes_R * (self._tp - 1) / self._tp
-            put(
-                "allreduce",
-                network.all_reduce_s(rows_bytes_R, self._tp, cluster, bound),
-                ("network",),
-                2 * moved,
-            )
-            for name in ("reduce_scatter", "all_gather"):
-                put(
-                    name,
-                    network.half_all_reduce_s(rows_bytes_R, self._tp, cluster, bound),
-                    ("network",),
-                    moved,
-                )
+            put("dense", np.repeat(np.array(dense), tp, axis=1), 3 * launch_s, ("gemm", "memory"))
+        put("head", self._head_R(batch, bound), 2 * launch_s, ("gemm", "memory"))
+        if tp > 1:
+            buffer_R = np.repeat(tokens_D, tp) * self.model.hidden_size * self._activation_bytes
+            half_s, moved = network.half_all_reduce_s(buffer_R, tp, self.cluster, bound), buffer_R * (tp - 1) / tp
+            start_s = network.start_s(tp, self.cluster, bound)
+            put("allreduce", 2 * half_s, 2 * start_s - launch_s, ("network",), 2 * moved)
+            put("reduce_scatter", half_s, start_s, ("network",), moved)
+            put("all_gather", half_s, start_s, ("network",), moved)
         if self.model.moe_layers:
             self._price_experts(put, counts, tokens_D, bound)
         return costs
@@ -180,28 +187,26 @@ class Forward:
         return BYTES_PER_PARAM[self.model.dtypes.activation]
 
     def _price_experts(self, put: Callable[..., None], counts: Counts | None, tokens_D: Floats, bound: str) -> None:
-        ffn, h, device = self.model.experts, self.model.hidden_size, self.cluster.device
+        ffn, h, device, dtypes = self.model.experts, self.model.hidden_size, self.cluster.device, self.model.dtypes
+        launch_s = compute.launch_s(device, bound)
         own_R = np.repeat(tokens_D, self._tp) / (self._tp if self._spread else 1)
-        router = 2 * ffn.router_params(h) * own_R
-        router_bytes = ffn.router_params(h) * BYTES_PER_PARAM[self.model.dtypes.dense] + 2.0 * h * own_R
-        seconds = compute.gemm_s(router, router_bytes, device, "bf16", bound=bound) + 2 * device.launch_s
-        put("router", seconds, ("gemm", "memory"))
+        put("router", self._rows_s(ffn.router_params(h), own_R, dtypes.dense, bound), 2 * launch_s, ("gemm", "memory"))
         shared = ffn.shared_params(h) / (1 if self._spread else self._tp)
-        seconds = self._rows_s(shared, own_R, self.model.dtypes.dense, bound) + 3 * device.launch_s
-        put("shared_experts", seconds, ("gemm", "memory"))
+        put("shared_experts", self._rows_s(shared, own_R, dtypes.dense, bound), 3 * launch_s, ("gemm", "memory"))
         if counts is None:
             return
-        params = {"count": ffn.expert_params(h, max(ffn.expert_widths)) / self.layout.experts.etp}
-        seconds_LR = compute.experts_s(counts.load_LRS, params, h, device, self.model.dtypes.experts, bound)
+        seconds_LR = compute.experts_s(counts.load_LRS, self._slot_params_LRS, h, device, dtypes.experts, bound)
+        launches_LR = 2.0 * (counts.load_LRS.sum(axis=-1) > 0)
         if not self._spread:
-            seconds_LR = np.repeat(seconds_LR, self._tp, axis=1)
-        put("experts", seconds_LR, ("grouped_gemm", "memory"))
+            seconds_LR, launches_LR = np.repeat(seconds_LR, self._tp, axis=1), np.repeat(launches_LR, self._tp, axis=1)
+        put("experts", seconds_LR, launches_LR * launch_s, ("grouped_gemm", "memory"))
         if self._spread:
             sizes = {"dispatch": h * self._dispatch_bytes, "combine": h * self._activation_bytes}
+            start_s = network.start_s(self.layout.experts.ep, self.cluster, bound)
             for name, token_bytes in sizes.items():
                 traffic = counts.traffic_CLR if name == "dispatch" else counts.traffic_CLR[[2, 3, 0, 1]]
                 seconds_LR = network.all_to_all_s(traffic, token_bytes, self.cluster, bound)
-                put(name, seconds_LR, ("network",), (traffic[0] + traffic[1]) * token_bytes)
+                put(name, seconds_LR, start_s, ("network",), (traffic[0] + traffic[1]) * token_bytes)
 
     @property
     def _dispatch_bytes(self) -> float:
@@ -212,16 +217,12 @@ class Forward:
         num_bytes = params * BYTES_PER_PARAM[dtype] + 2 * tokens * self.model.hidden_size * self._activation_bytes
         return compute.gemm_s(2 * params * tokens, num_bytes, self.cluster.device, dtype, bound=bound)
 
-    def _linear_D(self, params: int, tokens_D: Floats, bound: str, launches: int) -> Floats:
-        seconds = self._rows_s(params / self._tp, tokens_D, self.model.dtypes.dense, bound)
-        return seconds + launches * self.cluster.device.launch_s
-
     def _head_R(self, batch: Batch, bound: str) -> Floats:
         """Output head over the last token of each request, cut by tp."""
         requests_D = np.bincount(batch.group_Q, minlength=self._dp).astype(np.float64)
         params = self.model.vocab_size * self.model.hidden_size / self._tp
         seconds = self._rows_s(params, requests_D, self.model.dtypes.embedding, bound)
-        return np.repeat(seconds + 2 * self.cluster.device.launch_s, self._tp)
+        return np.repeat(seconds, self._tp)
 
     def _attention_D(self, mixer: Mixer, batch: Batch, tokens_D: Floats, bound: str) -> Floats:
         """Projections plus core of one layer, for each data-parallel group (each of its ranks alike)."""
@@ -243,5 +244,4 @@ class Forward:
             flops = 6.0 * inner * depth * tokens_D / tp
             requests_D = np.bincount(batch.group_Q, minlength=self._dp)
             cache_bytes = 2.0 * requests_D * mixer.state_values(h) * kv_bytes / tp
-        seconds = seconds + compute.attention_core_s(flops, cache_bytes, device, bound)
-        return np.asarray(seconds + (7 if isinstance(mixer, LatentAttention) else 4) * device.launch_s)
+        return np.asarray(seconds + compute.attention_core_s(flops, cache_bytes, device, bound))

@@ -40,6 +40,7 @@ class Iterations:
         self._decode_SQ = self.replay.decode_rows(workload.num_requests, workload.output_tokens - 1)
         self._spread = layout.experts.ep > 1
         self._counter: Counter | None = None
+        slot_params_LRS = np.zeros((0, 0, 0))
         if model.moe_layers:
             num_experts = model.experts.num_experts
             slots = num_experts + layout.num_redundant_experts
@@ -48,8 +49,14 @@ class Iterations:
             num_ranks = layout.num_ranks if self._spread else layout.attention.dp
             node_R = (np.arange(num_ranks) // cluster.devices_per_node).astype(np.int32)
             self._counter = Counter(placement, num_experts, num_ranks, node_R)
+            params_E = np.array(
+                [model.experts.expert_params(model.hidden_size, w) for w in model.experts.expert_widths]
+            )
+            slot_params_LP = params_E[placement.slot_expert_LP] / layout.experts.etp
+            slot_params_LRS = slot_params_LP.reshape(len(model.moe_layers), layout.experts.ep, -1)
+            slot_params_LRS = np.tile(slot_params_LRS, (1, num_ranks // layout.experts.ep, 1))
         self.store = self._make_store() if scenario.is_offloaded and model.moe_layers else None
-        self._forward = Forward(model, cluster, layout, self.store.expand if self.store else None)
+        self._forward = Forward(model, cluster, layout, slot_params_LRS, self.store.expand if self.store else None)
 
     def _make_store(self) -> ExpertStore:
         s = self.scenario

@@ -42,10 +42,9 @@ class ExpertStore:
         shape = (num_layers, num_experts)
         self._view = CacheView(-1, np.full(shape, -1, np.int64), np.zeros(shape, np.int64))
         self.num_hits = self.num_misses = self.num_prefetched = 0
-        params = model.experts.expert_params(model.hidden_size, max(model.experts.expert_widths))
-        self._params = {"count": float(params)}
-        self.expert_bytes = params * BYTES_PER_PARAM[model.dtypes.experts]
-        self._copy_s = network.copy_s(self.expert_bytes, cluster, bound)
+        widths = model.experts.expert_widths
+        self._params_E = np.array([float(model.experts.expert_params(model.hidden_size, w)) for w in widths])
+        self._bytes_E = self._params_E * BYTES_PER_PARAM[model.dtypes.experts]
         self._load_LE = np.zeros(shape, np.int32)
         self._predicted: NDArray[np.unsignedinteger] | None = None
         self._last_copy: int | None = None
@@ -61,24 +60,24 @@ class ExpertStore:
     def expand(self, layer: int, choice: int, first_id: int) -> Fragment:
         """The fetches and the expert computations of one layer, in the order in which they are queued."""
         load_E = self._load_LE[layer]
-        needed = [int(e) for e in np.lexsort((np.arange(load_E.size), -load_E)) if load_E[e]]
+        needed = [int(e) for e in np.lexsort((np.arange(load_E.size), -load_E)) if load_E[e] and self._params_E[e]]
         resident = self.resident[layer]
         here = [e for e in needed if resident.get(e) == _ARRIVED]
         coming = [e for e in needed if resident.get(e, _ARRIVED) != _ARRIVED]
         missing = [e for e in needed if e not in resident]
         self.num_hits += len(here) + len(coming)
         self.num_misses += len(missing)
-        pieces = _Pieces(first_id, self._model.moe_layers[layer], self._cluster)
+        pieces = _Pieces(first_id, self._model.moe_layers[layer], self._cluster, self._bound)
         last_run: int | None = None
         if here:
-            last_run = pieces.add("experts", "compute", self._experts_s(load_E[here]), 0.0, ())
+            last_run = pieces.add("experts", "compute", self._experts_s(load_E, here), 0.0, ())
         for expert in [*coming, *missing]:
             copy = resident.get(expert, _ARRIVED)
             if expert not in resident:
-                copy = self._fetch(pieces, "expert_copies")
+                copy = self._fetch(pieces, "expert_copies", expert)
                 self._keep(layer, expert, set(needed))
             waits = (copy,) if last_run is None else (copy, last_run)
-            last_run = pieces.add("experts", "compute", self._experts_s(load_E[[expert]]), 0.0, waits)
+            last_run = pieces.add("experts", "compute", self._experts_s(load_E, [expert]), 0.0, waits)
         self._view.last_use_LE[layer, needed] = self._view.step
         self._view.num_uses_LE[layer, needed] += 1
         self._send_ahead(layer, pieces)
@@ -91,12 +90,14 @@ class ExpertStore:
         wanted = list(self._prefetch.choose(self._predicted[:, layer]))[: self._slots]
         for expert in wanted:
             if expert not in self.resident[layer + 1] and self._keep(layer + 1, expert, set(wanted)):
-                self.resident[layer + 1][expert] = self._fetch(pieces, "prefetch")
+                self.resident[layer + 1][expert] = self._fetch(pieces, "prefetch", expert)
                 self.num_prefetched += 1
 
-    def _fetch(self, pieces: _Pieces, name: str) -> int:
+    def _fetch(self, pieces: _Pieces, name: str, expert: int) -> int:
         waits = () if self._last_copy is None else (self._last_copy,)
-        self._last_copy = pieces.add(name, "h2d", self._copy_s, self.expert_bytes, waits)
+        num_bytes = float(self._bytes_E[expert])
+        seconds = network.copy_s(num_bytes, self._cluster, self._bound)
+        self._last_copy = pieces.add(name, "h2d", seconds, num_bytes, waits)
         return self._last_copy
 
     def _keep(self, layer: int, expert: int, needed: set[int]) -> bool:
@@ -113,33 +114,36 @@ class ExpertStore:
         resident[expert] = _ARRIVED
         return True
 
-    def _experts_s(self, load: NDArray[np.int32]) -> float:
+    def _experts_s(self, load_E: NDArray[np.int32], experts: list[int]) -> float:
         m, device = self._model, self._cluster.device
-        load_LRS = load.reshape(1, 1, -1)
-        seconds = compute.experts_s(load_LRS, self._params, m.hidden_size, device, m.dtypes.experts, self._bound)
+        load_LRS, params_LRS = load_E[experts].reshape(1, 1, -1), self._params_E[experts].reshape(1, 1, -1)
+        seconds = compute.experts_s(load_LRS, params_LRS, m.hidden_size, device, m.dtypes.experts, self._bound)
         return float(seconds[0, 0])
 
 
 class _Pieces:
     """A fragment being written."""
 
-    def __init__(self, first_id: int, layer: int, cluster: Cluster) -> None:
-        self._first_id, self._layer = first_id, layer
+    def __init__(self, first_id: int, layer: int, cluster: Cluster, bound: str) -> None:
+        self._first_id, self._layer, self._device = first_id, layer, cluster.device
         self._operations: list[Operation] = []
         self._seconds: list[float] = []
         self._bytes: list[float] = []
-        self._sources: list[int] = []
-        self._source = {
-            "compute": compute.source(cluster.device, "grouped_gemm", "memory"),
-            "h2d": compute.source(cluster.device, "network"),
+        self._shares: list[NDArray[np.float64]] = []
+        # Resource -> time to start, and what the work itself rests on.
+        launch_s = compute.launch_s(cluster.device, bound)
+        self._kinds: dict[str, tuple[float, tuple[str, ...]]] = {
+            "compute": (2 * launch_s, ("grouped_gemm", "memory")),
+            "h2d": (cluster.host_link.latency_s + launch_s, ("network",)),
         }
 
-    def add(self, name: str, resource: str, seconds: float, num_bytes: float, after: tuple[int, ...]) -> int:
+    def add(self, name: str, resource: str, work_s: float, num_bytes: float, after: tuple[int, ...]) -> int:
+        start_s, kinds = self._kinds[resource]
         self._operations.append(Operation(name, self._layer, resource, "rank", after))
-        self._seconds.append(seconds)
+        self._seconds.append(work_s + start_s)
         self._bytes.append(num_bytes)
-        self._sources.append(self._source[resource])
+        self._shares.append(compute.shares(work_s, start_s, self._device, *kinds))
         return self._first_id + len(self._operations) - 1
 
     def fragment(self, join: tuple[int, ...]) -> Fragment:
-        return Fragment(tuple(self._operations), tuple(self._seconds), tuple(self._bytes), tuple(self._sources), join)
+        return Fragment(tuple(self._operations), tuple(self._seconds), tuple(self._bytes), tuple(self._shares), join)

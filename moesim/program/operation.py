@@ -42,13 +42,13 @@ class Operation:
 class Fragment:
     """Operations that a choice turned into, on its rank; their ids follow on from `first_id`.
 
-    join: ids that must finish before the choice counts as finished.
+    shares: of each operation, as in `Costs`; join: ids that must finish before the choice counts as finished.
     """
 
     operations: tuple[Operation, ...]
     seconds: tuple[float, ...]
     num_bytes: tuple[float, ...]
-    sources: tuple[int, ...]
+    shares: tuple[NDArray[np.float64], ...]
     join: tuple[int, ...]
 
 
@@ -122,13 +122,13 @@ def part_indices(operations: Sequence[Operation | Choice], parts: Sequence[str])
 class Costs:
     """What one step of a program costs: arrays over its operations.
 
-    seconds_NR float64 [N, R] and bytes_NR float64 [N, R] (0 where a rank takes no part), source_N int8 [N] (index in
-    `moesim.hardware.SOURCES`).
+    seconds_NR float64 [N, R] and bytes_NR float64 [N, R] (0 where a rank takes no part), and
+    shares_NX float64 [N, 4], the share of the operation's time that rests on each of `moesim.hardware.SOURCES`.
     """
 
     seconds_NR: NDArray[np.float64]
     bytes_NR: NDArray[np.float64]
-    source_N: NDArray[np.int8]
+    shares_NX: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

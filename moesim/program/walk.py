@@ -71,7 +71,7 @@ def _walk_choices(program: Program, costs: Costs) -> Played:
     operations: list[Operation | Choice] = list(program.operations)
     start: list[Floats] = [np.zeros(num_ranks) for _ in operations]
     finish: list[Floats] = [np.zeros(num_ranks) for _ in operations]
-    seconds, sizes, sources = list(costs.seconds_NR), list(costs.bytes_NR), list(costs.source_N)
+    seconds, sizes, shares = list(costs.seconds_NR), list(costs.bytes_NR), list(costs.shares_NX)
 
     def place(n: int) -> None:
         op = operations[n]
@@ -100,12 +100,10 @@ def _walk_choices(program: Program, costs: Costs) -> Played:
             finish.append(np.zeros(num_ranks))
             seconds.append(alone * fragment.seconds[i])
             sizes.append(alone * fragment.num_bytes[i])
-            sources.append(np.int8(fragment.sources[i]))
+            shares.append(fragment.shares[i])
             _place_alone(len(operations) - 1, rank, n, operations, start, finish, seconds)
         finish[n][rank] = max((finish[j][rank] for j in fragment.join), default=start[n][rank])
-    return assemble(
-        operations, np.array(seconds), np.array(sizes), np.array(sources), np.array(start), np.array(finish)
-    )
+    return assemble(operations, np.array(seconds), np.array(sizes), np.array(shares), np.array(start), np.array(finish))
 
 
 def _place_alone(
@@ -121,12 +119,12 @@ def _place_alone(
 
 
 def assemble(
-    operations: list[Operation | Choice], seconds_NR: Floats, bytes_NR: Floats, source_N: NDArray[np.int8],
+    operations: list[Operation | Choice], seconds_NR: Floats, bytes_NR: Floats, shares_NX: Floats,
     start_NR: Floats, finish_NR: Floats,
 ) -> Played:  # fmt: skip
     """A played step from the rows of its operations."""
     parts = part_names(operations)
-    costs = Costs(seconds_NR, bytes_NR, source_N)
+    costs = Costs(seconds_NR, bytes_NR, shares_NX)
     return Played(tuple(operations), costs, start_NR, finish_NR, parts, part_indices(operations, parts))
 
 

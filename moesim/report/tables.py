@@ -24,8 +24,8 @@ HEADLINE = (
 )  # fmt: skip
 # Parts of an iteration in the order a token meets them, then what is lost, then the rest.
 PARTS = (
-    "embedding", "attention", "allreduce", "all_reduce", "dense", "mlp", "router", "gate", "shared",
-    "shared_experts", "reduce_scatter", "dispatch", "expert_load", "expert_loads", "expert_copies", "copy", "miss", "misses", "prefetch",
+    "embedding", "attention", "allreduce", "reduce_scatter", "dense", "mlp", "router", "gate", "shared",
+    "shared_experts", "dispatch", "expert_copies", "copy", "miss", "misses", "prefetch",
     "experts", "cpu_experts", "combine", "all_gather", "head", "pipeline", "imbalance", "bubble", "wait", "queue",
     "overhead", "launch", "other",
 )  # fmt: skip

@@ -35,7 +35,7 @@ class Player:
         self._operations: list[Operation | Choice] = []
         self._seconds: list[Floats] = []
         self._bytes: list[Floats] = []
-        self._sources: list[int] = []
+        self._shares: list[Floats] = []
         self._start: list[Floats] = []
         self._finish: list[Floats] = []
         self._finished: list[NDArray[np.bool_]] = []
@@ -44,18 +44,18 @@ class Player:
         self._take_part = {name: group_R >= 0 for name, group_R in program.groups.items()}
         # Everything is written down before anything starts, so that a choice finds the ids it expects.
         for n, op in enumerate(program.operations):
-            self._write(op, costs.seconds_NR[n], costs.bytes_NR[n], int(costs.source_N[n]))
+            self._write(op, costs.seconds_NR[n], costs.bytes_NR[n], costs.shares_NX[n])
         for n in range(len(program.operations)):
             self._arm(n)
         if not self._running:
             self.done.succeed()
 
-    def _write(self, op: Operation | Choice, seconds_R: Floats, bytes_R: Floats, source: int) -> None:
+    def _write(self, op: Operation | Choice, seconds_R: Floats, bytes_R: Floats, shares_X: Floats) -> None:
         num_ranks = self._program.num_ranks
         self._operations.append(op)
         self._seconds.append(seconds_R)
         self._bytes.append(bytes_R)
-        self._sources.append(source)
+        self._shares.append(shares_X)
         self._start.append(np.zeros(num_ranks))
         self._finish.append(np.zeros(num_ranks))
         takes_part = np.arange(num_ranks) == op.rank if isinstance(op, Choice) else self._take_part[op.group]
@@ -135,7 +135,7 @@ class Player:
         alone = np.zeros(self._program.num_ranks)
         alone[choice.rank] = 1.0
         for i, op in enumerate(fragment.operations):
-            self._write(op, alone * fragment.seconds[i], alone * fragment.num_bytes[i], fragment.sources[i])
+            self._write(op, alone * fragment.seconds[i], alone * fragment.num_bytes[i], fragment.shares[i])
             self._finished[-1] = alone == 0
         for i in range(len(fragment.operations)):
             self._arm(first + i, only=choice.rank)
@@ -155,6 +155,6 @@ class Player:
     def played(self) -> Played:
         """The step as it ran; meaningful once `done` has happened."""
         return assemble(
-            self._operations, np.array(self._seconds), np.array(self._bytes), np.array(self._sources, np.int8),
+            self._operations, np.array(self._seconds), np.array(self._bytes), np.array(self._shares),
             np.array(self._start), np.array(self._finish),
         )  # fmt: skip
