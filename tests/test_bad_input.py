@@ -134,6 +134,32 @@ def test_every_set_up_beside_the_base_is_checked(folder):
     assert "2 mistakes" in str(error.value) or "1 mistake" in str(error.value)
 
 
+def test_made_up_routing_is_labelled_and_takes_the_models_shape(folder):
+    from moesim import load, run
+
+    path = folder / "scenario.toml"
+    path.write_text(GOOD.replace("trace.parquet", "zipf:0.3").replace("olmoe-1b-7b", "qwen3-30b-a3b"))
+    (scenario,) = load(path)
+    assert (scenario.trace.num_layers, scenario.trace.num_experts, scenario.trace.top_k) == (48, 128, 8)
+    assert "synthetic" in run(scenario, "estimate").warnings[0]
+    path.write_text(GOOD.replace("trace.parquet", "zipf:hot"))
+    with pytest.raises(ValueError, match="zipf:EXPONENT"):
+        load(path)
+
+
+def test_what_cannot_be_lowered_is_an_error_and_dense_models_run(folder):
+    from moesim import load, run
+
+    path = folder / "scenario.toml"
+    text = GOOD.replace("trace.parquet", "zipf")
+    path.write_text(text.replace("olmoe-1b-7b", "switch-base-128"))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        load(path)
+    dense = text.replace("olmoe-1b-7b", "llama-3-70b").replace("dp = 8, tp = 1", "dp = 1, tp = 8")
+    path.write_text(dense.replace("ep = 8", "ep = 1, etp = 8"))
+    assert run(load(path)[0]).metrics["tpot_s"] > 0
+
+
 def test_help_is_there():
     for args in ([], ["run"], ["check"], ["list"], ["capture"]):
         result = CliRunner().invoke(cli, [*args, "--help"])

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from moesim import verbs
 from moesim.estimate import estimate
+from moesim.policies.cache import CACHES
+from moesim.policies.prefetch import PREFETCHERS
 from moesim.program.iterations import Iterations
 from moesim.program.walk import walk
 from moesim.simulate import simulate
@@ -20,6 +22,7 @@ scenarios = st.builds(
     small_scenario,
     nodes=st.integers(1, 2),
     per_node=st.sampled_from([2, 4]),
+    tp=st.sampled_from([1, 2]),
     seed=st.integers(0, 5),
     layers=st.integers(2, 4),
     dense_first=st.booleans(),
@@ -43,8 +46,8 @@ offloaded = st.builds(
     spread=st.just(False),
     seed=st.integers(0, 5),
     fraction=st.sampled_from([0.0, 0.25, 0.5]),
-    cache=st.sampled_from(["lru", "lfu", "oracle_belady"]),
-    prefetch=st.sampled_from(["none", "next_layer_gate"]),
+    cache=st.sampled_from(sorted(CACHES)),
+    prefetch=st.sampled_from(sorted(PREFETCHERS)),
     layers=st.integers(2, 4),
     requests=st.integers(1, 4),
 )

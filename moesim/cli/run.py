@@ -35,7 +35,11 @@ def run_command(
     from rich.progress import Progress
 
     from moesim import verbs
+    from moesim.report import check_target
 
+    for target in (report, perfetto):
+        if target:
+            check_target(target)
     scenarios = verbs.load(scenario, changes)
     timeline = 2 if perfetto else 0
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:

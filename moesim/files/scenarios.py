@@ -22,8 +22,9 @@ from moesim.files.models import load_model
 from moesim.files.tables import raise_all, read_table
 from moesim.files.traces import read_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
-from moesim.model import BYTES_PER_PARAM, Dtypes
+from moesim.model import BYTES_PER_PARAM, Dtypes, ModelSpec
 from moesim.policies import Policies
+from moesim.routing.synthetic import zipf_trace
 from moesim.routing.trace import RoutingTrace
 from moesim.scenario import Scenario
 from moesim.workload import Workload
@@ -146,6 +147,8 @@ def _build(
             given = "is missing" if text is None else f"must be a name or a path, not {text!r}"
             mistakes.append(f"{prefix}{key}: {given}; see `moesim list`")
             continue
+        if key == "trace" and _is_made_up(text):
+            continue  # made below, once the model's shape is known
         if (key, text) not in loaded:
             try:
                 loaded[key, text] = load(text)
@@ -159,6 +162,8 @@ def _build(
     for key, cls in _TABLES.items():
         if key in values or key == "workload":
             parts[key] = structure(cls, values.get(key, {}), f"{prefix}{key}", mistakes)
+    if _is_made_up(values.get("trace")) and isinstance(parts.get("model"), ModelSpec):
+        parts["trace"] = _made_up(values["trace"], parts["model"], mistakes)
     seed, engine = values.get("seed", 0), values.get("engine", "simulate")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         mistakes.append(f"{prefix}seed: must be a whole number of 0 or more, not {seed!r}")
@@ -190,6 +195,26 @@ def _build(
     found = scenario.mistakes()
     mistakes += [f"{prefix}{mistake}" for mistake in found]
     return None if found else scenario
+
+
+def _is_made_up(trace: Any) -> bool:
+    return isinstance(trace, str) and trace.partition(":")[0] == "zipf"
+
+
+def _made_up(text: str, model: ModelSpec, mistakes: list[str]) -> RoutingTrace | None:
+    """A synthetic trace of the model's routing shape: "zipf", or "zipf:EXPONENT"."""
+    try:
+        exponent = float(text.partition(":")[2] or 0.5)
+    except ValueError:
+        exponent = -1.0
+    if not 0 <= exponent <= 3:
+        mistakes.append(f"trace: {text!r} must be zipf:EXPONENT with an exponent in 0..3, such as zipf:0.5")
+        return None
+    num_experts, top_k = (model.experts.num_experts, model.experts.top_k) if model.moe_layers else (1, 1)
+    return zipf_trace(
+        len(model.moe_layers), num_experts, top_k, num_requests=32, prompt_tokens=96, output_tokens=32,
+        exponent=exponent,
+    )  # fmt: skip
 
 
 def structure(cls: type[T], values: Any, where: str, mistakes: list[str]) -> T | None:

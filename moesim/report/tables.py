@@ -206,7 +206,8 @@ def headline(results: Sequence[Result]) -> Section:
             own = unit_of(name, [value]) if is_wide else unit
             interval = result.intervals.get(name)
             note = between(interval, own) if interval else ""
-            cells.append(Cell(quantity(value, own), note, value == best))
+            is_count = name.startswith("num_") and value == int(value)
+            cells.append(Cell(quantity(value, own, 0 if is_count else None), note, value == best))
         rows.append(Row(label_of(name), tuple(cells)))
         if name == main_metric(results) and best is not None and best > 0:
             ratios = [value / best if value is not None else math.nan for value in values]
