@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,29 +93,29 @@ class Forward:
             self._rows.setdefault(name, []).append(op)
             return op
 
-        last = add("head", -1, "compute")
-        moe_layer = 0
+        moe_layer, last = 0, cast(tuple[int, ...], ())
         for i, layer in enumerate(self.model.layers):
             routed = isinstance(layer.ffn, Experts)
             if layer.mixer:
-                last = add("attention", i, "compute", after=(last,))
+                last = (add("attention", i, "compute", after=last),)
                 if self._tp > 1:
                     name = "reduce_scatter" if routed and self._spread else "allreduce"
-                    last = add(name, i, "network", "tp", (last,))
+                    last = (add(name, i, "network", "tp", last),)
             if isinstance(layer.ffn, Dense):
-                last = add("dense", i, "compute", after=(last,))
+                last = (add("dense", i, "compute", after=last),)
                 if self._tp > 1:
-                    last = add("allreduce", i, "network", "tp", (last,))
+                    last = (add("allreduce", i, "network", "tp", last),)
             elif isinstance(layer.ffn, Experts):
-                last = self._lower_experts(draft, add, layer.ffn, i, moe_layer, last, expand)
+                last = (self._lower_experts(draft, add, layer.ffn, i, moe_layer, last, expand),)
                 moe_layer += 1
+        add("head", -1, "compute", after=last)
         return draft.program()
 
     def _lower_experts(
-        self, draft: Draft, add: Callable[..., int], ffn: Experts, i: int, moe_layer: int, last: int,
-        expand: Expand | None,
+        self, draft: Draft, add: Callable[..., int], ffn: Experts, i: int, moe_layer: int,
+        before: tuple[int, ...], expand: Expand | None,
     ) -> int:  # fmt: skip
-        router = last = add("router", i, "compute", after=(last,))
+        router = last = add("router", i, "compute", after=before)
         if self._spread:
             last = add("dispatch", i, "network", "ep", (router,))
         if ffn.shared_width or ffn.residual_width:

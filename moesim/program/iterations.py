@@ -36,7 +36,7 @@ class Iterations:
         self.replay = Replay(scenario.trace, order)
         workload = scenario.workload
         self.lengths_Q = self.replay.prompt_lengths(workload.num_requests, workload.prompt_tokens)
-        self._group_Q = np.arange(workload.num_requests) % layout.attention.dp
+        self._group_Q = np.arange(workload.num_requests) * layout.attention.dp // workload.num_requests
         self._decode_SQ = self.replay.decode_rows(workload.num_requests, workload.output_tokens - 1)
         self._spread = layout.experts.ep > 1
         self._counter: Counter | None = None

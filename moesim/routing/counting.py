@@ -35,7 +35,7 @@ _BLOCK = 128  # tokens whose ids stay in cache while one layer's tables are at h
 
 @njit(cache=True)
 def _count(  # type: ignore[no-untyped-def]
-    ids_TLK, rows_B, source_B, base_R, slot_LXE, rank_P, slots_per_rank, node_R, load_LP, traffic_CLR, stamp_LR
+    ids_TLK, rows_B, source_B, base_R, slot_LXE, rank_P, slots_per_rank, load_LP, sent_LRR, stamp_LR
 ):
     """Count, block by block: the rows of a block are copied together first, so that they stream from memory once.
 
@@ -50,27 +50,32 @@ def _count(  # type: ignore[no-untyped-def]
         for i in range(size):
             block_BLK[i] = ids_TLK[rows_B[first + i]]
         for layer in range(num_layers):
-            slot_XE, load_P, stamp_R = slot_LXE[layer], load_LP[layer], stamp_LR[layer]
-            near_in_R, far_in_R = traffic_CLR[2, layer], traffic_CLR[3, layer]
+            slot_XE, load_P, stamp_R, sent_RR = slot_LXE[layer], load_LP[layer], stamp_LR[layer], sent_LRR[layer]
             for i in range(size):
                 source, stamp = source_B[first + i], np.int32(first + i)
-                node, choice = node_R[source], (first + i) % num_choices
+                choice = (first + i) % num_choices
                 base, base_slot = np.uint64(base_R[source]), np.uint64(base_R[source] * slots_per_rank)
-                stamp_R[source] = stamp  # a rank does not send to itself
-                num_near, num_far = np.int32(0), np.int32(0)
                 for k in range(top_k):
                     slot = np.uint64(slot_XE[choice, block_BLK[i, layer, k]])
                     rank = base + np.uint64(rank_P[slot])
                     load_P[base_slot + slot] += 1
-                    new = np.int32(stamp_R[rank] != stamp)
-                    far = new & np.int32(node_R[rank] != node)
+                    sent_RR[source, rank] += np.int32(stamp_R[rank] != stamp)
                     stamp_R[rank] = stamp
-                    near_in_R[rank] += new - far
-                    far_in_R[rank] += far
-                    num_near += new - far
-                    num_far += far
-                traffic_CLR[0, layer, source] += num_near
-                traffic_CLR[1, layer, source] += num_far
+
+
+@njit(cache=True)
+def _sum_traffic(sent_LRR, node_R, traffic_CLR):  # type: ignore[no-untyped-def]
+    """Tokens sent and received by each rank, inside its node and beyond; what stays on a rank is left out."""
+    num_layers, num_ranks = sent_LRR.shape[0], sent_LRR.shape[1]
+    for layer in range(num_layers):
+        for source in range(num_ranks):
+            for rank in range(num_ranks):
+                tokens = sent_LRR[layer, source, rank] * np.int32(rank != source)
+                far = tokens * np.int32(node_R[rank] != node_R[source])
+                traffic_CLR[0, layer, source] += tokens - far
+                traffic_CLR[1, layer, source] += far
+                traffic_CLR[2, layer, rank] += tokens - far
+                traffic_CLR[3, layer, rank] += far
 
 
 class Counter:
@@ -95,6 +100,7 @@ class Counter:
         self._base_R = (np.arange(num_ranks) // placement.ep * placement.ep).astype(np.int32)
         self._node_R = node_R
         self.num_ranks = num_ranks
+        self._sent_LRR = np.zeros((self.num_layers, num_ranks, num_ranks), np.int32)  # scratch, kept to save its set-up
 
     def count(self, ids_TLK: NDArray[np.unsignedinteger], rows_B: NDArray[np.int64], source_B: Ints) -> Counts:
         """Count one iteration.
@@ -108,8 +114,10 @@ class Counter:
         load_LP = np.zeros((shape[0], shape[1] * self._slots_per_rank), np.int32)
         traffic_CLR = np.zeros((4, *shape), np.int32)
         stamp_LR = np.full(shape, -1, np.int32)
+        self._sent_LRR[:] = 0
         _count(
-            ids_TLK, rows_B, source_B, self._base_R, self._slot_LXE, self._rank_P, self._slots_per_rank, self._node_R,
-            load_LP, traffic_CLR, stamp_LR,
+            ids_TLK, rows_B, source_B, self._base_R, self._slot_LXE, self._rank_P, self._slots_per_rank, load_LP,
+            self._sent_LRR, stamp_LR,
         )  # fmt: skip
+        _sum_traffic(self._sent_LRR, self._node_R, traffic_CLR)
         return Counts(load_LP.reshape(*shape, self._slots_per_rank), traffic_CLR)
