@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.model import Attention, LatentAttention, ModelSpec
+from moesim.mixers import Attention, LatentAttention
+from moesim.model import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import networkx as nx
 
 from moesim.hardware import Cluster, Device, Efficiency, Link, MemoryTier
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
-from moesim.model import Attention, Dense, Experts, Layer, ModelSpec
+from moesim.mixers import Attention
+from moesim.model import Dense, Experts, Layer, ModelSpec
 from moesim.policies import Policies
 from moesim.routing.synthetic import zipf_trace
 from moesim.scenario import Scenario

@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.files.models import build_model, load_model, preset_facts, preset_names, read_config
-from moesim.model import (
-    BYTES_PER_PARAM,
-    Attention,
-    Dense,
-    Dtypes,
-    LatentAttention,
-    Mamba,
-)
+from moesim.mixers import Attention, LatentAttention, Mamba
+from moesim.model import BYTES_PER_PARAM, Dense, Dtypes
 
 
 def printed(words):

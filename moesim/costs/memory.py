@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from moesim.layout import Layout
-from moesim.model import BYTES_PER_PARAM, Attention, Dense, Experts, ModelSpec
+from moesim.mixers import Attention
+from moesim.model import BYTES_PER_PARAM, Dense, Experts, ModelSpec
 
 
 def device_bytes(

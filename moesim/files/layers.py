@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from moesim.files.families import EXPERTS, HEADS, HIDDEN, LAYERS, TOP_K, ZERO_EXPERTS, Family
 from moesim.files.keys import Keys
-from moesim.model import Attention, Dense, Experts, Ffn, LatentAttention, Layer, LinearAttention, Mamba, Mixer
+from moesim.mixers import Attention, LatentAttention, LinearAttention, Mamba, Mixer
+from moesim.model import Dense, Experts, Ffn, Layer
 
 MOST_LAYERS, MOST_EXPERTS = 10_000, 2**20  # a slip of the keyboard must not fill the memory
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from moesim.costs import compute, network
 from moesim.hardware import SOURCES, Cluster
 from moesim.layout import Layout
-from moesim.model import BYTES_PER_PARAM, Attention, Dense, Experts, LatentAttention, Mamba, Mixer, ModelSpec
+from moesim.mixers import Attention, LatentAttention, Mamba, Mixer
+from moesim.model import BYTES_PER_PARAM, Dense, Experts, ModelSpec
 from moesim.program.operation import Costs, Draft, Fragment, Program
 from moesim.routing.counting import Counts
 
