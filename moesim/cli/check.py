@@ -26,7 +26,7 @@ def check_command(paths: tuple[Path, ...]) -> None:
 
 def _check(path: Path) -> str:
     """What the file is, in a few words, once nothing is wrong with it."""
-    from moesim.files import hardware, models, scenarios
+    from moesim.files import hardware, models, scenarios, tables
 
     if path.suffix == ".parquet":
         trace = scenarios.load_trace(str(path))
@@ -35,7 +35,7 @@ def _check(path: Path) -> str:
     if path.suffix == ".json" or (path.is_dir() and (path / "config.json").exists()):
         model = models.load_model(str(path))
         return f"model with {model.num_params / 1e9:.2f} billion parameters"
-    values = scenarios.read_toml(path)
+    values = tables.read_toml(path)
     if "device" in values or "memory" in values:
         cluster = hardware.load_cluster(str(path))
         return f"machine with {cluster.num_ranks} x {cluster.device.name}"

@@ -18,6 +18,7 @@ from moesim.files.families import FAMILIES, HEADS, HIDDEN, Family
 from moesim.files.keys import Keys, nearest
 from moesim.files.layers import read_layers, read_longcat_layers, read_switch_layers
 from moesim.files.quantization import read_dtypes
+from moesim.files.tables import read_toml
 from moesim.model import Layer, ModelSpec
 
 READERS: Mapping[str, Callable[[Keys, Family], tuple[Layer, ...]]] = {
@@ -76,11 +77,7 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
         return _from_facts(preset_facts(name), name, f"preset {name}")
     path = Path(name_or_path)
     if path.suffix == ".toml" and path.is_file():
-        try:
-            facts = tomllib.loads(path.read_text("utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from error
-        return _from_facts(facts, path.stem, str(path))
+        return _from_facts(read_toml(path), path.stem, str(path))
     if path.exists():
         return read_config(path)
     if isinstance(name_or_path, Path) or path.suffix in (".json", ".toml") or name.startswith((".", "/", "~")):

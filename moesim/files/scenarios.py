@@ -12,6 +12,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 from moesim.files.hardware import load_cluster
 from moesim.files.keys import nearest
 from moesim.files.models import load_model
-from moesim.files.tables import raise_all, read_table
+from moesim.files.tables import raise_all, read_toml
 from moesim.files.traces import read_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.model import BYTES_PER_PARAM, Dtypes, ModelSpec
@@ -87,19 +88,6 @@ def load_scenarios(path: str | Path, changes: Sequence[str] = ()) -> list[Scenar
     return [scenario for scenario in scenarios if scenario is not None]
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
-
-    Raises:
-        ValueError: it is not there, a directory, empty, or not TOML.
-    """
-    mistakes: list[str] = []
-    table = read_table(str(path), path, mistakes)
-    if table is None:
-        raise ValueError(mistakes[0])
-    return dict(table.values)
-
-
 def _apply(values: dict[str, Any], change: str, mistakes: list[str]) -> None:
     """Carry out one --set."""
     key, equals, text = change.partition("=")
@@ -147,23 +135,22 @@ def _build(
             given = "is missing" if text is None else f"must be a name or a path, not {text!r}"
             mistakes.append(f"{prefix}{key}: {given}; see `moesim list`")
             continue
+        remembered = (key, text)
         if key == "trace" and _is_made_up(text):
-            continue  # made below, once the model's shape is known
-        if (key, text) not in loaded:
+            if not isinstance(model := parts.get("model"), ModelSpec):
+                continue  # its shape is the model's, which is wrong itself
+            remembered, load = (f"trace for {model.name}", text), partial(_made_up, model)
+        if remembered not in loaded:
             try:
-                loaded[key, text] = load(text)
+                loaded[remembered] = load(text)
             except ValueError as error:
-                loaded[key, text] = error
-        parts[key] = loaded[key, text]
+                loaded[remembered] = ValueError(f"{prefix}{key}: " + str(error).replace("\n", "\n    "))
+        parts[key] = loaded[remembered]
         if isinstance(parts[key], ValueError):
-            mistakes.append(
-                f"{prefix if key in prefix else ''}{key}: {str(parts[key]).replace(chr(10), chr(10) + '    ')}"
-            )
+            mistakes.append(str(parts[key]))
     for key, cls in _TABLES.items():
         if key in values or key == "workload":
             parts[key] = structure(cls, values.get(key, {}), f"{prefix}{key}", mistakes)
-    if _is_made_up(values.get("trace")) and isinstance(parts.get("model"), ModelSpec):
-        parts["trace"] = _made_up(values["trace"], parts["model"], mistakes)
     seed, engine = values.get("seed", 0), values.get("engine", "simulate")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         mistakes.append(f"{prefix}seed: must be a whole number of 0 or more, not {seed!r}")
@@ -197,19 +184,18 @@ def _build(
     return None if found else scenario
 
 
-def _is_made_up(trace: Any) -> bool:
-    return isinstance(trace, str) and trace.partition(":")[0] == "zipf"
+def _is_made_up(trace: str) -> bool:
+    return trace.partition(":")[0] == "zipf"
 
 
-def _made_up(text: str, model: ModelSpec, mistakes: list[str]) -> RoutingTrace | None:
+def _made_up(model: ModelSpec, text: str) -> RoutingTrace:
     """A synthetic trace of the model's routing shape: "zipf", or "zipf:EXPONENT"."""
     try:
         exponent = float(text.partition(":")[2] or 0.5)
     except ValueError:
         exponent = -1.0
     if not 0 <= exponent <= 3:
-        mistakes.append(f"trace: {text!r} must be zipf:EXPONENT with an exponent in 0..3, such as zipf:0.5")
-        return None
+        raise ValueError(f"{text!r} must be zipf:EXPONENT with an exponent in 0..3, such as zipf:0.5")
     num_experts, top_k = (model.experts.num_experts, model.experts.top_k) if model.moe_layers else (1, 1)
     return zipf_trace(
         len(model.moe_layers), num_experts, top_k, num_requests=32, prompt_tokens=96, output_tokens=32,

@@ -10,7 +10,8 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.resources.abc import Traversable
-from typing import TypeGuard
+from pathlib import Path
+from typing import Any, TypeGuard
 
 from moesim.files.keys import nearest
 from moesim.hardware import SOURCES
@@ -125,13 +126,28 @@ def read_table(where: str, source: Traversable, mistakes: list[str]) -> Table | 
         except UnicodeDecodeError as error:
             problem = f"is not a TOML file, which is UTF-8 text ({error})"
         except tomllib.TOMLDecodeError as error:
-            problem = f"is not whole TOML ({error}); mend that line, or the end of the file if it was cut off"
+            problem = (
+                f"is not valid TOML ({error}); mend that line, or the end of a file that was cut off: not whole TOML"
+            )
         else:
             if values:
                 return Table(where, values, mistakes)
             problem = "is empty; start from one of the files that come with moesim"
     mistakes.append(f"{where}: {problem}")
     return None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file.
+
+    Raises:
+        ValueError: it is not there, a directory, empty, or not TOML.
+    """
+    mistakes: list[str] = []
+    table = read_table(str(path), path, mistakes)
+    if table is None:
+        raise ValueError(mistakes[0])
+    return dict(table.values)
 
 
 def raise_all(what: str, mistakes: list[str]) -> None:

@@ -75,7 +75,7 @@ class Forward:
         model: ModelSpec,
         cluster: Cluster,
         layout: Layout,
-        slot_params_LRS: Floats | float = 0.0,
+        slot_params_LRS: Floats,
         expand: Expand | None = None,
     ) -> None:
         self.model, self.cluster, self.layout = model, cluster, layout

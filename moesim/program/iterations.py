@@ -32,8 +32,7 @@ class Iterations:
     def __init__(self, scenario: Scenario, bound: str = "value") -> None:
         self.scenario, self.bound = scenario, bound
         model, layout, cluster = scenario.model, scenario.layout, scenario.cluster
-        order = scenario.stream("replay").permutation(Replay.num_requests(scenario.trace))
-        self.replay = Replay(scenario.trace, order)
+        self.replay = Replay(scenario.trace, scenario.stream("replay"))
         workload = scenario.workload
         self.lengths_Q = self.replay.prompt_lengths(workload.num_requests, workload.prompt_tokens)
         self._group_Q = np.arange(workload.num_requests) * layout.attention.dp // workload.num_requests

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,32 +80,44 @@ class Program:
     groups: Mapping[str, NDArray[np.int32]]
     shared: Mapping[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        names = sorted(self.groups)
-        index = {name: i for i, name in enumerate(names)}
-        table_GR = np.stack([self.groups[name] for name in names]).astype(np.int32)
-        alone = index.get("rank", 0)
-        group_N = [alone if isinstance(op, Choice) else index[op.group] for op in self.operations]
-        starts = np.cumsum([0, *(len(op.after) for op in self.operations)])
-        flat = [a for op in self.operations for a in op.after]
-        for name, value in {
-            "table_GR": table_GR,
-            "group_N": np.array(group_N, np.int32),
-            "after_start_N": starts.astype(np.int32),
-            "after": np.array(flat, np.int32),
-            "parts": (parts := part_names(self.operations)),
-            "part_N": part_indices(self.operations, parts),
-            "is_static": not self.shared and not any(isinstance(op, Choice) for op in self.operations),
-        }.items():
-            object.__setattr__(self, name, value)
+    @cached_property
+    def has_choices(self) -> bool:
+        """Whether something is decided while the step runs."""
+        return any(isinstance(op, Choice) for op in self.operations)
 
-    table_GR: NDArray[np.int32] = field(init=False)
-    group_N: NDArray[np.int32] = field(init=False)
-    after_start_N: NDArray[np.int32] = field(init=False)
-    after: NDArray[np.int32] = field(init=False)
-    parts: tuple[str, ...] = field(init=False)
-    part_N: NDArray[np.int32] = field(init=False)
-    is_static: bool = field(init=False)
+    @property
+    def is_static(self) -> bool:
+        """Whether nothing can race: no choice, no shared resource."""
+        return not self.shared and not self.has_choices
+
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts of the step."""
+        return part_names(self.operations)
+
+    @cached_property
+    def part_N(self) -> NDArray[np.int32]:
+        """Index in `parts` of each operation."""
+        return part_indices(self.operations, self.parts)
+
+    @cached_property
+    def group_NR(self) -> NDArray[np.int32]:
+        """Group that each rank belongs to in each operation, -1 for none (a program without choices)."""
+        return np.stack([self.groups[op.group] for op in self.operations if isinstance(op, Operation)])
+
+    @cached_property
+    def waits(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """What operation n waits for: entries start[n] to start[n + 1] of the second array."""
+        starts = np.cumsum([0, *(len(op.after) for op in self.operations)])
+        return starts.astype(np.int32), np.array([a for op in self.operations for a in op.after], np.int32)
+
+    @cached_property
+    def members(self) -> Mapping[str, tuple[NDArray[np.int64], ...]]:
+        """Ranks of each group of each kind: those that start an operation together."""
+        return {
+            name: tuple(np.flatnonzero(group_R == g) for g in np.unique(group_R[group_R >= 0]))
+            for name, group_R in self.groups.items()
+        }
 
 
 def part_names(operations: Sequence[Operation | Choice]) -> tuple[str, ...]:
@@ -145,7 +158,7 @@ class Played:
     parts: tuple[str, ...]
     part_N: NDArray[np.int32]
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """From the start to the last finish on any rank."""
         return float(self.finish_NR.max(initial=0.0))

@@ -16,18 +16,18 @@ Floats = NDArray[np.float64]
 
 
 @njit(cache=True)
-def _walk(table_GR, group_N, after_start_N, after, seconds_NR, start_NR, finish_NR):  # type: ignore[no-untyped-def]
+def _walk(group_NR, after_start_N, after, seconds_NR, start_NR, finish_NR):  # type: ignore[no-untyped-def]
     num_ops, num_ranks = seconds_NR.shape
     ready_G = np.empty(num_ranks)
     for n in range(num_ops):
         ready_G[:] = 0.0
         for r in range(num_ranks):
-            group = table_GR[group_N[n], r]
+            group = group_NR[n, r]
             if group >= 0:
                 for i in range(after_start_N[n], after_start_N[n + 1]):
                     ready_G[group] = max(ready_G[group], finish_NR[after[i], r])
         for r in range(num_ranks):
-            group = table_GR[group_N[n], r]
+            group = group_NR[n, r]
             if group >= 0:
                 start_NR[n, r] = ready_G[group]
                 finish_NR[n, r] = ready_G[group] + seconds_NR[n, r]
@@ -55,67 +55,46 @@ def _account(part_N, start_NR, finish_NR, end, exposed_XR, idle_R):  # type: ign
 
 def walk(program: Program, costs: Costs) -> Played:
     """Play a program as if no two operations ever wanted the same shared resource."""
-    if not any(isinstance(op, Choice) for op in program.operations):
-        start_NR, finish_NR = np.zeros_like(costs.seconds_NR), np.zeros_like(costs.seconds_NR)
-        _walk(
-            program.table_GR, program.group_N, program.after_start_N, program.after, costs.seconds_NR, start_NR,
-            finish_NR,
-        )  # fmt: skip
-        return Played(program.operations, costs, start_NR, finish_NR, program.parts, program.part_N)
-    return _walk_choices(program, costs)
+    if program.has_choices:
+        return _walk_choices(program, costs)
+    start_NR, finish_NR = np.zeros_like(costs.seconds_NR), np.zeros_like(costs.seconds_NR)
+    _walk(program.group_NR, *program.waits, costs.seconds_NR, start_NR, finish_NR)
+    return Played(program.operations, costs, start_NR, finish_NR, program.parts, program.part_N)
 
 
 def _walk_choices(program: Program, costs: Costs) -> Played:
     """The same in Python, one operation at a time, since fragments appear on the way."""
-    num_static, num_ranks = len(program.operations), program.num_ranks
+    num_ranks = program.num_ranks
     operations: list[Operation | Choice] = list(program.operations)
     start: list[Floats] = [np.zeros(num_ranks) for _ in operations]
     finish: list[Floats] = [np.zeros(num_ranks) for _ in operations]
     seconds, sizes, shares = list(costs.seconds_NR), list(costs.bytes_NR), list(costs.shares_NX)
 
-    def place(n: int) -> None:
-        op = operations[n]
-        assert isinstance(op, Operation)
-        group_R = program.groups[op.group]
-        ready_R = np.max([finish[a] for a in op.after], axis=0, initial=0.0) if op.after else np.zeros(num_ranks)
-        for group in np.unique(group_R[group_R >= 0]):
-            members = group_R == group
-            start[n][members] = ready_R[members].max()
-        taking_part = group_R >= 0
-        finish[n][taking_part] = start[n][taking_part] + seconds[n][taking_part]
+    def place(n: int, ranks: NDArray[np.int64], earliest: float = 0.0) -> None:
+        """Start operation n on ranks that start it together."""
+        ready = max((finish[a][ranks].max() for a in operations[n].after), default=0.0)
+        start[n][ranks] = max(ready, earliest)
+        finish[n][ranks] = start[n][ranks] + seconds[n][ranks]
 
-    for n in range(num_static):
-        op = operations[n]
+    for n, op in enumerate(program.operations):
         if isinstance(op, Operation):
-            place(n)
+            for ranks in program.members[op.group]:
+                place(n, ranks)
             continue
         rank = op.rank
-        start[n][rank] = max((finish[a][rank] for a in op.after), default=0.0)
+        fell = start[n][rank] = max((finish[a][rank] for a in op.after), default=0.0)
+        alone_R = (np.arange(num_ranks) == rank).astype(np.float64)
         fragment = op.expand(n, len(operations))
         for i, piece in enumerate(fragment.operations):
-            alone = np.zeros(num_ranks)
-            alone[rank] = 1.0
             operations.append(piece)
             start.append(np.zeros(num_ranks))
             finish.append(np.zeros(num_ranks))
-            seconds.append(alone * fragment.seconds[i])
-            sizes.append(alone * fragment.num_bytes[i])
+            seconds.append(alone_R * fragment.seconds[i])
+            sizes.append(alone_R * fragment.num_bytes[i])
             shares.append(fragment.shares[i])
-            _place_alone(len(operations) - 1, rank, n, operations, start, finish, seconds)
-        finish[n][rank] = max((finish[j][rank] for j in fragment.join), default=start[n][rank])
+            place(len(operations) - 1, np.array([rank]), fell)
+        finish[n][rank] = max((finish[j][rank] for j in fragment.join), default=fell)
     return assemble(operations, np.array(seconds), np.array(sizes), np.array(shares), np.array(start), np.array(finish))
-
-
-def _place_alone(
-    n: int, rank: int, choice: int, operations: list[Operation | Choice], start: list[Floats], finish: list[Floats],
-    seconds: list[Floats],
-) -> None:  # fmt: skip
-    """Start a fragment's operation on its rank: after what it names, and not before its choice fell."""
-    ready = float(start[choice][rank])
-    for a in operations[n].after:
-        ready = max(ready, float(finish[a][rank]))
-    start[n][rank] = ready
-    finish[n][rank] = ready + seconds[n][rank]
 
 
 def assemble(

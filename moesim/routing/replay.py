@@ -1,7 +1,7 @@
 """Replay: which rows of a trace stand for the tokens of simulated requests.
 
-Request i replays request i mod N of the trace, in a given order. A prompt longer than the trace's starts it again, and
-so does a longer answer; `Replay.repeats` says whether that happens.
+Request i replays request i mod N of the trace, in an order drawn once. A prompt longer than the trace's starts it
+again, and so does a longer answer; `Replay.repeats` says whether that happens.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ Rows = NDArray[np.int64]
 class Replay:
     """Rows of one trace by request.
 
-    order: which request of the trace comes first, second, ...; None keeps the trace's own order.
+    rng: draws which request of the trace comes first, second, ...
     """
 
-    def __init__(self, trace: RoutingTrace, order: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, trace: RoutingTrace, rng: np.random.Generator) -> None:
         first = np.flatnonzero(np.diff(trace.request_T, prepend=trace.request_T[0] - 1))
         last = np.append(first[1:], trace.num_tokens)
         self.prompts: list[Rows] = []
         self.answers: list[Rows] = []
         spans = np.stack([first, last], axis=1)
-        for start, end in spans if order is None else spans[order]:
+        for start, end in spans[rng.permutation(len(spans))]:
             rows = np.arange(start, end)
             is_decode = trace.is_decode_T[start:end]
             prompt, answer = rows[~is_decode], rows[is_decode]
@@ -62,8 +62,3 @@ class Replay:
         if output_tokens > shortest + 1:
             found.append(f"{output_tokens} output tokens repeat the routing of traced answers (shortest: {shortest})")
         return found
-
-    @staticmethod
-    def num_requests(trace: RoutingTrace) -> int:
-        """Requests in a trace."""
-        return int(np.count_nonzero(np.diff(trace.request_T)) + 1)

@@ -65,12 +65,9 @@ class Player:
         """Let operation n start, in each of its groups, when all that it waits for has finished there."""
         op = self._operations[n]
         if isinstance(op, Choice):
-            members = [np.array([op.rank])]
-        elif only is not None:
-            members = [np.array([only])]
+            members: tuple[NDArray[np.int64], ...] = (np.array([op.rank]),)
         else:
-            group_R = self._program.groups[op.group]
-            members = [np.flatnonzero(group_R == g) for g in np.unique(group_R[group_R >= 0])]
+            members = (np.array([only]),) if only is not None else self._program.members[op.group]
         for ranks in members:
             self._running += 1
             open_pairs = [(a, int(r)) for r in ranks for a in op.after if not self._finished[a][r]]
