@@ -83,8 +83,13 @@ def load_scenarios(path: str | Path, changes: Sequence[str] = ()) -> list[Scenar
             continue
         variants.append((f"beside.{name}.", _merged(values, {"name": name, **override})))
     loaded: dict[tuple[str, str], Any] = {}
-    scenarios = [_build(variant, prefix, path.parent, loaded, mistakes) for prefix, variant in variants]
-    raise_all(str(path), list(dict.fromkeys(mistakes)))
+    scenarios = []
+    for prefix, variant in variants:
+        found: list[str] = []
+        scenarios.append(_build(variant, prefix, path.parent, loaded, found))
+        # What a set-up inherited from the base has been told of the base.
+        mistakes += [mistake for mistake in found if mistake.removeprefix(prefix) not in mistakes]
+    raise_all(str(path), mistakes)
     return [scenario for scenario in scenarios if scenario is not None]
 
 
