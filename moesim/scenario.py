@@ -99,7 +99,7 @@ class Scenario:
             if self.cluster.host is None:
                 found.append("policies.device_expert_fraction: the machine has no host memory to keep experts in")
         needs = getattr(REGISTRIES["prefetch"].get(self.policies.prefetch), "needs_predictions", False)
-        if needs and self.trace.predicted_TLK is None:
+        if needs and not self.trace.predicted_HTLW:
             found.append(
                 f"policies.prefetch: {self.policies.prefetch!r} needs the next layers' predicted experts, which trace "
                 f'{self.trace.name!r} has not; use "none" or a trace captured with predictions'

@@ -140,7 +140,9 @@ def test_ids_weights_and_predictions_are_the_models_own(captured):
             if layer + 1 < len(seen):
                 with torch.no_grad():
                     _logits, _weights, predicted = routers[layer + 1](hidden)
-                assert (np.sort(trace.predicted_TLK[rows, layer], axis=1) == np.sort(predicted.numpy(), axis=1)).all()
+                assert (
+                    np.sort(trace.predicted_HTLW[0][rows, layer], axis=1) == np.sort(predicted.numpy(), axis=1)
+                ).all()
 
 
 def test_positions_phases_and_layers(captured):

@@ -135,13 +135,13 @@ def test_a_policy_cannot_see_the_future(cache, prefetch, seed):
         per_node=1, spread=False, fraction=0.5, cache=cache, prefetch=prefetch, seed=seed, requests=1, outputs=5
     )
     trace = scenario.trace
-    other_ids, other_predicted = trace.expert_ids_TLK.copy(), trace.predicted_TLK.copy()
+    other_ids, other_predicted = trace.expert_ids_TLK.copy(), trace.predicted_HTLW[0].copy()
     last = scenario.workload.output_tokens - 2  # the last decode row that is replayed
     row = np.flatnonzero(trace.is_decode_T)[last]
     other_ids[row] = (other_ids[row] + 1) % trace.num_experts
     other_predicted[row] = (other_predicted[row] + 1) % trace.num_experts
     changed = dataclasses.replace(
-        scenario, trace=dataclasses.replace(trace, expert_ids_TLK=other_ids, predicted_TLK=other_predicted)
+        scenario, trace=dataclasses.replace(trace, expert_ids_TLK=other_ids, predicted_HTLW=(other_predicted,))
     )
     assert simulate(scenario).step_s[:-1] == simulate(changed).step_s[:-1]
 

@@ -30,7 +30,7 @@ def trace_of(ids_TLK, experts, requests=None, decode=None, predicted=None, token
         is_decode_T=np.asarray(decode if decode is not None else [False] * len(ids)),
         token_id_T=np.asarray(tokens if tokens is not None else [0] * len(ids), dtype=np.int32),
         layers=tuple(range(ids.shape[1])),
-        predicted_TLK=None if predicted is None else np.asarray(predicted, dtype=np.uint8),
+        predicted_HTLW=() if predicted is None else (np.asarray(predicted, dtype=np.uint8),),
     )
 
 
@@ -139,7 +139,7 @@ def test_relabelling_experts_changes_nothing():
     trace = random_trace(3)
     names = np.random.default_rng(0).permutation(trace.num_experts)
     renamed = trace_of(
-        names[trace.expert_ids_TLK], trace.num_experts, trace.request_T, predicted=names[trace.predicted_TLK]
+        names[trace.expert_ids_TLK], trace.num_experts, trace.request_T, predicted=names[trace.predicted_HTLW[0]]
     )
     for (name, one), other in zip(stats.statistics(trace).items(), stats.statistics(renamed).values(), strict=True):
         assert one == pytest.approx(other, nan_ok=True), name

@@ -218,7 +218,7 @@ def _trace(
         token_id_T=tokens[real].numpy().astype(np.int32),
         layers=tuple(layer.index for layer in recorder.layers),
         weights_TLK=routing.weights[real].numpy().astype(np.float16),
-        predicted_TLK=None if routing.predicted is None else routing.predicted[real].numpy().astype(small),
+        predicted_HTLW=() if routing.predicted is None else (routing.predicted[real].numpy().astype(small),),
         provenance=header.provenance,
     )
 

@@ -10,6 +10,7 @@ from moesim.cli.capture import capture_command
 from moesim.cli.check import check_command
 from moesim.cli.list import list_command
 from moesim.cli.run import run_command
+from moesim.cli.trace import trace_group
 from moesim.version import __version__
 
 
@@ -19,7 +20,7 @@ def cli() -> None:
     """Simulate Mixture-of-Experts systems: how long, how much, and why."""
 
 
-for command in (run_command, check_command, list_command, capture_command):
+for command in (run_command, check_command, list_command, capture_command, trace_group):
     cli.add_command(command)
 
 

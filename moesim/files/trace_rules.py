@@ -18,6 +18,12 @@ from numpy.typing import NDArray
 from moesim.routing.trace import ORIGINS, RoutingTrace
 
 MAX_EXPERTS = 65_536
+MAX_HORIZON = 3
+
+
+def predicted_column(horizon: int) -> str:
+    """Name of the column with the predictions of the router `horizon` MoE layers ahead."""
+    return "predicted_ids" if horizon == 1 else f"predicted_ids_{horizon}"
 
 
 def trace_mistakes(trace: RoutingTrace) -> list[str]:
@@ -67,8 +73,11 @@ def shape_mistakes(trace: RoutingTrace) -> list[str]:
         "phase": (trace.is_decode_T, (T,), (np.bool_,)),
         "token_id": (trace.token_id_T, (T,), (np.int32,)),
         "weights": (trace.weights_TLK, (T, L, K), (np.float16,)),
-        "predicted_ids": (trace.predicted_TLK, (T, max(L - 1, 0), K), (np.uint8, np.uint16)),
+        "scores": (trace.scores_TLE, (T, L, trace.num_experts), (np.float16,)),
     }
+    for horizon, ids_TLW in enumerate(trace.predicted_HTLW, start=1):
+        width = ids_TLW.shape[2] if ids_TLW.ndim == 3 else K
+        wanted[predicted_column(horizon)] = (ids_TLW, (T, max(L - horizon, 0), width), (np.uint8, np.uint16))
     found = [
         f"{column} must be {' or '.join(t.__name__ for t in types)} {list(shape)}; "
         f"given {array.dtype} {list(array.shape)}"
@@ -128,8 +137,11 @@ def routing_mistakes(trace: RoutingTrace) -> list[str]:
     if K > E:
         found.append(f"expert_ids: a token cannot choose {K} of {E} experts; correct num_experts in the header")
     found += _id_mistakes("expert_ids", trace.expert_ids_TLK, E, L)
-    if trace.predicted_TLK is not None:
-        found += _id_mistakes("predicted_ids", trace.predicted_TLK, E, L)
+    for horizon, ids_TLW in enumerate(trace.predicted_HTLW, start=1):
+        found += _id_mistakes(predicted_column(horizon), ids_TLW, E, L)
+    if trace.scores_TLE is not None:
+        bad = ~np.isfinite(trace.scores_TLE).all(axis=2).ravel()
+        found += first_bad("scores", bad, 1, lambda _row: "router scores must be finite; leave the column out")
     if trace.weights_TLK is not None:
         weights = trace.weights_TLK
         # The bits of a float16 from 0 to the largest finite value are 0x0000 to 0x7bff; 0x8000 is -0.

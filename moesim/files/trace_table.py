@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moesim.files.trace_rules import header_mistakes
+from moesim.files.trace_rules import MAX_HORIZON, header_mistakes, predicted_column
 from moesim.routing.trace import RoutingTrace
 
 FORMAT = 1
@@ -27,11 +27,9 @@ _SCALARS = {
     "token_id": (pa.int32(), "int32"),
     "layer": (pa.int16(), "int16"),
 }
-LISTS = {
-    "expert_ids": ((pa.uint8(), pa.uint16()), True),
-    "weights": ((pa.float16(),), False),
-    "predicted_ids": ((pa.uint8(), pa.uint16()), False),
-}
+_IDS, _FLOATS = (pa.uint8(), pa.uint16()), (pa.float16(),)
+PREDICTED = {predicted_column(horizon): horizon for horizon in range(1, MAX_HORIZON + 1)}
+LISTS = {"expert_ids": _IDS, "weights": _FLOATS, "scores": _FLOATS, **dict.fromkeys(PREDICTED, _IDS)}
 
 
 def header_facts(trace: RoutingTrace) -> dict[str, object]:
@@ -48,7 +46,7 @@ def header_facts(trace: RoutingTrace) -> dict[str, object]:
 
 def to_table(trace: RoutingTrace) -> pa.Table:
     """The rows of a right trace, [T x L], with its header as metadata."""
-    T, L, K = trace.expert_ids_TLK.shape
+    T, L, _K = trace.expert_ids_TLK.shape
     phases = pa.DictionaryArray.from_arrays(pa.array(np.repeat(trace.is_decode_T, L).astype(np.int8)), pa.array(PHASES))
     columns = {
         "request": pa.array(np.repeat(trace.request_T, L)),
@@ -60,10 +58,11 @@ def to_table(trace: RoutingTrace) -> pa.Table:
     }
     if trace.weights_TLK is not None:
         columns["weights"] = _lists(trace.weights_TLK)
-    if trace.predicted_TLK is not None:
-        padded = np.concatenate([trace.predicted_TLK, np.zeros((T, 1, K), trace.predicted_TLK.dtype)], axis=1)
-        missing = np.tile(np.arange(L) == L - 1, T)
-        columns["predicted_ids"] = _lists(padded, missing)
+    if trace.scores_TLE is not None:
+        columns["scores"] = _lists(trace.scores_TLE)
+    for horizon, ids_TLW in enumerate(trace.predicted_HTLW, start=1):
+        padded = np.pad(ids_TLW, ((0, 0), (0, min(horizon, L)), (0, 0)))
+        columns[predicted_column(horizon)] = _lists(padded, np.tile(np.arange(L) >= L - horizon, T))
     metadata = {METADATA_KEY: json.dumps(header_facts(trace), sort_keys=True).encode()}
     return pa.table(columns).replace_schema_metadata(metadata)
 
@@ -103,10 +102,10 @@ def column_mistakes(table: pa.Table) -> list[str]:
         elif table[name].null_count:
             row = _first_null(table[name])
             found.append(f"column {name}, row {row}: must not be null; fill it in")
-    size = None
-    for name, (kinds, required) in LISTS.items():
+    sizes: dict[str, int] = {}
+    for name, kinds in LISTS.items():
         if name not in table.column_names:
-            if required:
+            if name == "expert_ids":
                 found.append(f"column {name} lacks; the file has {', '.join(table.column_names)}")
             continue
         given = table.schema.field(name).type
@@ -114,10 +113,11 @@ def column_mistakes(table: pa.Table) -> list[str]:
             said = " or ".join(str(kind) for kind in kinds)
             found.append(f"column {name} must be a fixed-size list of {said}; given {given}")
             continue
-        size = size or given.list_size
-        if given.list_size != size:
-            found.append(f"column {name} must hold {size} values a row, as expert_ids; given {given.list_size}")
-        if name != "predicted_ids" and table[name].null_count:
+        sizes[name] = given.list_size
+        if name == "weights" and sizes.get("expert_ids", given.list_size) != given.list_size:
+            asked = f"{sizes['expert_ids']} values a row, as expert_ids"
+            found.append(f"column {name} must hold {asked}; given {given.list_size}")
+        if name not in PREDICTED and table[name].null_count:
             found.append(f"column {name}, row {_first_null(table[name])}: must not be null; fill it in")
         elif any(chunk.flatten().null_count for chunk in table[name].chunks):
             found.append(f"column {name}: no value inside a list may be null; fill it in")
@@ -171,13 +171,17 @@ def layer_mistakes(table: pa.Table, num_layers: int) -> list[str]:
     phases = set(table["phase"].unique().to_pylist())
     if not phases <= set(PHASES):
         found.append(f"column phase: must be prefill or decode; given {', '.join(sorted(phases - set(PHASES)))}")
-    if "predicted_ids" in table.column_names:
-        null = table["predicted_ids"].is_null().to_numpy(zero_copy_only=False)
-        wanted = np.arange(len(null)) % num_layers == num_layers - 1
+    for name, horizon in PREDICTED.items():
+        if name not in table.column_names:
+            continue
+        if horizon > 1 and predicted_column(horizon - 1) not in table.column_names:
+            found.append(f"column {name}: needs column {predicted_column(horizon - 1)} beside it; given none")
+        null = table[name].is_null().to_numpy(zero_copy_only=False)
+        wanted = np.arange(len(null)) % num_layers >= num_layers - horizon
         if (null != wanted).any():
             row = int((null != wanted).argmax())
             rule = "null, as no layer follows" if wanted[row] else "given, as a layer follows"
-            found.append(f"column predicted_ids, row {row}: must be {rule}; leave the whole column out otherwise")
+            found.append(f"column {name}, row {row}: must be {rule}; leave the whole column out otherwise")
     return found
 
 
@@ -212,6 +216,9 @@ def to_trace(table: pa.Table, header: dict[str, Any], layers: tuple[int, ...]) -
         token_id_T=table["token_id"].to_numpy()[::L],
         layers=layers,
         weights_TLK=lists("weights", L) if "weights" in table.column_names else None,
-        predicted_TLK=lists("predicted_ids", L - 1) if "predicted_ids" in table.column_names else None,
+        predicted_HTLW=tuple(
+            lists(name, max(L - horizon, 0)) for name, horizon in PREDICTED.items() if name in table.column_names
+        ),
+        scores_TLE=lists("scores", L) if "scores" in table.column_names else None,
         provenance=header["provenance"],
     )

@@ -101,7 +101,8 @@ class TraceWriter:
             "layers",
             "experts per token and id type",
             "weights column",
-            "predicted_ids column",
+            "predicted_ids columns",
+            "scores column",
         )
         found = [
             f"{name}: every part must agree with the first, {first!r}; given {given!r}"
@@ -186,5 +187,6 @@ def _agreed(trace: RoutingTrace) -> tuple[object, ...]:
         trace.layers,
         (trace.top_k, str(trace.expert_ids_TLK.dtype)),
         trace.weights_TLK is not None,
-        None if trace.predicted_TLK is None else str(trace.predicted_TLK.dtype),
+        [(str(ids_TLW.dtype), ids_TLW.shape[2]) for ids_TLW in trace.predicted_HTLW],
+        trace.scores_TLE is not None,
     )

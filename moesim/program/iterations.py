@@ -111,7 +111,7 @@ class Iterations:
             counts = self._counter.count(trace.expert_ids_TLK, batch.rows_B, source_B)
         if self.store is not None:
             assert counts is not None
-            predicted = None if trace.predicted_TLK is None else trace.predicted_TLK[batch.rows_B]
+            predicted = trace.predicted_HTLW[0][batch.rows_B, :, : trace.top_k] if trace.predicted_HTLW else None
             self.store.begin(counts.load_LRS[:, 0, :], predicted)
             return Iteration(batch.phase, self._forward.program, self._forward.price(batch, None, self.bound), counts)
         costs = self._forward.price(batch, counts, self.bound)

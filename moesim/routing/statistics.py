@@ -99,11 +99,11 @@ def prediction_recall(trace: RoutingTrace) -> tuple[Floats, Floats]:
     true_TLK = trace.expert_ids_TLK[:, 1:]
     load_LE = expert_load_LE(trace)[1:]
     popular_L = np.sort(load_LE, axis=1)[:, -trace.top_k :].sum(axis=1) / load_LE.sum(axis=1)
-    if trace.predicted_TLK is None:
+    if not trace.predicted_HTLW:
         return np.full(trace.num_layers - 1, np.nan), popular_L
     hits_TL = np.zeros(true_TLK.shape[:2])
     for k in range(trace.top_k):
-        hits_TL += (trace.predicted_TLK == true_TLK[:, :, k, None]).any(axis=2)
+        hits_TL += (trace.predicted_HTLW[0][:, :, : trace.top_k] == true_TLK[:, :, k, None]).any(axis=2)
     return _mean(hits_TL / trace.top_k), popular_L
 
 
@@ -111,9 +111,9 @@ def prediction_top1_hit(trace: RoutingTrace) -> Floats:
     """Share of tokens whose first predicted expert of layer l + 1 is the true top-1, [L - 1]; NaN without
     any.
     """
-    if trace.predicted_TLK is None:
+    if not trace.predicted_HTLW:
         return np.full(trace.num_layers - 1, np.nan)
-    return _mean(trace.predicted_TLK[:, :, 0] == trace.expert_ids_TLK[:, 1:, 0])
+    return _mean(trace.predicted_HTLW[0][:, :, 0] == trace.expert_ids_TLK[:, 1:, 0])
 
 
 def distinct_experts_L(trace: RoutingTrace, batch: int) -> tuple[Floats, float]:

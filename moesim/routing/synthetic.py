@@ -49,6 +49,6 @@ def zipf_trace(
         is_decode_T=position_T >= prompt_tokens,
         token_id_T=np.zeros(num_tokens, np.int32),
         layers=tuple(range(num_layers)),
-        predicted_TLK=predicted,
+        predicted_HTLW=(predicted,),
         provenance={"source": f"numpy default_rng, seed {seed}"},
     )

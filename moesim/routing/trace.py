@@ -6,7 +6,7 @@ Shape letters, here and everywhere: T tokens, L MoE layers, E experts, K experts
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,10 @@ class RoutingTrace:
         is_decode_T: bool [T]; False for prompt tokens (prefill), True for generated ones.
         token_id_T: int32 [T], vocabulary id of the token.
         weights_TLK: float16 [T, L, K] gate weights, or None where the source had none.
-        predicted_TLK: uint8 or uint16 [T, L - 1, K], or None; entry (t, l) holds the experts that the router
-            of layer l + 1 would choose from the hidden state that entered the router of layer l.
+        predicted_HTLW: one array for each horizon h = 1, 2, ..., none where the source had none. Array h - 1 is
+            uint8 or uint16 [T, L - h, W]; entry (t, l) holds the W experts, best first, that the router of layer
+            l + h would choose from the hidden state that entered the router of layer l.
+        scores_TLE: float16 [T, L, E], what the router gave each expert before its choice, or None.
         layers: indices, in the whole model, of the L MoE layers.
         provenance: where the trace comes from: source text, seed, versions, date, licence.
     """
@@ -47,7 +49,8 @@ class RoutingTrace:
     token_id_T: NDArray[np.int32]
     layers: tuple[int, ...]
     weights_TLK: NDArray[np.float16] | None = None
-    predicted_TLK: NDArray[np.unsignedinteger] | None = None
+    predicted_HTLW: tuple[NDArray[np.unsignedinteger], ...] = ()
+    scores_TLE: NDArray[np.float16] | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -64,3 +67,17 @@ class RoutingTrace:
     def top_k(self) -> int:
         """K."""
         return int(self.expert_ids_TLK.shape[2])
+
+    def take(self, rows: NDArray[np.integer] | NDArray[np.bool_] | slice) -> RoutingTrace:
+        """The trace of some of its tokens: row numbers in increasing order, a mask [T], or a slice."""
+        return replace(
+            self,
+            expert_ids_TLK=self.expert_ids_TLK[rows],
+            request_T=self.request_T[rows],
+            position_T=self.position_T[rows],
+            is_decode_T=self.is_decode_T[rows],
+            token_id_T=self.token_id_T[rows],
+            weights_TLK=None if self.weights_TLK is None else self.weights_TLK[rows],
+            predicted_HTLW=tuple(ids_TLW[rows] for ids_TLW in self.predicted_HTLW),
+            scores_TLE=None if self.scores_TLE is None else self.scores_TLE[rows],
+        )

@@ -1,0 +1,15 @@
+"""`moesim trace`: look at routing, turn it into traces, and make more of it."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group("trace")
+def trace_group() -> None:
+    """Look at routing traces, check and convert them, fit a generator to one and sample from it."""
+
+
+COMMANDS: tuple[click.Command, ...] = ()
+for _command in COMMANDS:
+    trace_group.add_command(_command)
