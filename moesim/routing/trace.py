@@ -5,8 +5,9 @@ Shape letters, here and everywhere: T tokens, L MoE layers, E experts, K experts
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,3 +82,14 @@ class RoutingTrace:
             predicted_HTLW=tuple(ids_TLW[rows] for ids_TLW in self.predicted_HTLW),
             scores_TLE=None if self.scores_TLE is None else self.scores_TLE[rows],
         )
+
+
+def joined(parts: Sequence[RoutingTrace]) -> RoutingTrace:
+    """One trace from parts of one header and shape that follow each other, as `TraceGenerator.sample` gives them."""
+    names = ("expert_ids_TLK", "request_T", "position_T", "is_decode_T", "token_id_T", "weights_TLK", "scores_TLE")
+    whole: dict[str, Any] = {
+        name: None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
+        for name in names
+    }
+    predicted = zip(*(part.predicted_HTLW for part in parts), strict=True)
+    return replace(parts[0], **whole, predicted_HTLW=tuple(np.concatenate(ids) for ids in predicted))
