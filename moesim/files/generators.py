@@ -82,9 +82,7 @@ def read_generator(path: str | os.PathLike[str]) -> TraceGenerator:
     return TraceGenerator(trace, arrays["class_T"], arrays["near_QN"], header["run_tokens"], header["crossover_rate"])
 
 
-def _mistakes(
-    header: dict[str, Any], trace: RoutingTrace, class_T: NDArray[Any], near_QN: NDArray[Any]
-) -> list[str]:
+def _mistakes(header: dict[str, Any], trace: RoutingTrace, class_T: NDArray[Any], near_QN: NDArray[Any]) -> list[str]:
     """What the compiled walk relies on, beyond a right trace."""
     num_requests = len(np.unique(trace.request_T))
     found = []

@@ -72,7 +72,9 @@ def judge_generator(trace: RoutingTrace, other: Shape | None = None, *, seed: in
     """
     requests, request_T = np.unique(trace.request_T, return_inverse=True)
     if len(requests) < 4:
-        raise ValueError(f"judging needs at least 4 requests, half of them held out; trace {trace.name} has {len(requests)}")
+        raise ValueError(
+            f"judging needs at least 4 requests, half of them held out; trace {trace.name} has {len(requests)}"
+        )
     fitted, held_out = trace.take(request_T % 2 == 0), trace.take(request_T % 2 == 1)
     generator = fit_generator(fitted, seed=seed, **settings)
     number = len(requests) // 2

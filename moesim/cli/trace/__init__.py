@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import click
 
+from moesim.cli.trace.fit import fit_command
+from moesim.cli.trace.sample import sample_command
+
 
 @click.group("trace")
 def trace_group() -> None:
     """Look at routing traces, check and convert them, fit a generator to one and sample from it."""
 
 
-COMMANDS: tuple[click.Command, ...] = ()
-for _command in COMMANDS:
-    trace_group.add_command(_command)
+for command in (fit_command, sample_command):
+    trace_group.add_command(command)

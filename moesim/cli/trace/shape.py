@@ -14,7 +14,9 @@ class RoutingShape(click.ParamType):  # type: ignore[type-arg]
         """The three numbers."""
         parts = str(value).split("x")
         if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-            self.fail(f"{value!r} is no shape; write MoE layers x experts x experts a token, as in 58x256x8", param, ctx)
+            self.fail(
+                f"{value!r} is no shape; write MoE layers x experts x experts a token, as in 58x256x8", param, ctx
+            )
         layers, experts, top_k = map(int, parts)
         return layers, experts, top_k
 
