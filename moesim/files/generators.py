@@ -60,7 +60,7 @@ def read_generator(path: str | os.PathLike[str]) -> TraceGenerator:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         header = json.loads(str(arrays.pop("header")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
@@ -70,9 +70,12 @@ def read_generator(path: str | os.PathLike[str]) -> TraceGenerator:
     wanted = ["class_T", "near_QN", *(name for name in _ARRAYS if name not in _OPTIONAL)]
     if lacking := [name for name in wanted if name not in arrays]:
         raise ValueError(f"{path}: the generator lacks {', '.join(lacking)}; make it again with `moesim trace fit`")
-    trace = RoutingTrace(
+    fields: dict[str, Any] = {
         **{name: header.get(name) for name in ("name", "model", "origin", "num_experts", "provenance")},
         **{name: arrays.get(name) for name in _ARRAYS},
+    }
+    trace = RoutingTrace(
+        **fields,
         layers=tuple(header.get("layers", ())),
         predicted_HTLW=tuple(arrays[f"predicted_{h}"] for h in (1, 2, 3) if f"predicted_{h}" in arrays),
     )
@@ -89,7 +92,7 @@ def _mistakes(header: dict[str, Any], trace: RoutingTrace, class_T: NDArray[Any]
     if class_T.shape != (trace.num_tokens,) or class_T.dtype != np.int32 or class_T.min() < 0:
         found.append(f"class_T must be int32 [{trace.num_tokens}], not negative; given {class_T.dtype} {class_T.shape}")
     ok = near_QN.ndim == 2 and len(near_QN) == num_requests and near_QN.shape[1] and near_QN.dtype == np.int32
-    if not ok or not (0 <= near_QN.min() and near_QN.max() < num_requests):
+    if not ok or not (near_QN.min() >= 0 and near_QN.max() < num_requests):
         found.append(f"near_QN must be int32 [{num_requests}, N] of requests; given {near_QN.dtype} {near_QN.shape}")
     for key, low, high in (("run_tokens", 1.0, np.inf), ("crossover_rate", 0.0, 1.0)):
         value = header.get(key)

@@ -100,8 +100,8 @@ def judge_generator(trace: RoutingTrace, other: Shape | None = None, *, seed: in
             "requests": f"{len(requests) - number} fitted ({fitted.num_tokens} tokens), {number} held out "
             f"({held_out.num_tokens} tokens)",
             "zipf": f"exponent {exponent:.2f}",
-            "new tokens": f"{_new_fraction(generated, fitted):.0%} of the generated tokens are not a fitted token in all "
-            f"layers ({_new_fraction(held_out, fitted):.0%} of the held-out ones)",
+            "new tokens": f"{_new_fraction(generated, fitted):.0%} of the generated tokens are no fitted token in all "
+            f"their layers ({_new_fraction(held_out, fitted):.0%} of the held-out ones)",
             **({"other shape": f"{other.num_layers} x {other.num_experts}, top {other.top_k}"} if other else {}),
         },
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -37,7 +38,12 @@ def fit_command(
     from moesim.routing.judge import judge_generator
 
     loaded = load_trace(trace)
-    settings = {"num_classes": classes, "num_near": near, "run_tokens": run_tokens, "crossover_rate": crossover}
+    settings: dict[str, Any] = {
+        "num_classes": classes,
+        "num_near": near,
+        "run_tokens": run_tokens,
+        "crossover_rate": crossover,
+    }
     if judge:
         verdict = judge_generator(loaded, Shape(*shape) if shape else None, seed=seed, **settings)
         if as_json:

@@ -50,7 +50,7 @@ def sample_command(
             if scores and part.scores_TLE is None:
                 if popularity_LE is None:
                     popularity_LE = expert_load_LE(part) + 1.0
-                part = with_scores(part, popularity_LE, rng)  # noqa: PLW2901
+                part = with_scores(part, popularity_LE, rng)
             writer.append(part)
             progress.update(bar, completed=int(part.request_T[-1]) + 1)
     click.echo(f"trace: {out}", err=True)
