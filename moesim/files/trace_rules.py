@@ -1,20 +1,20 @@
 """What makes a routing trace right, as rules on arrays; each broken rule is one line that says what would
 mend it.
 
-The reader and the writer of trace files ask here, so that a file that was written can be read. A line names
-the
-column and the first row that breaks the rule, rows counted as in the file: row = token * L + layer.
+The reader and the writer of trace files ask here, so that a file that was written can be read. A line names the
+column and the first row that breaks the rule, rows counted as in the file: row = token * L + layer where every token has
+all layers. The reader asks before it knows that: `row_T` says at which row each token starts, and where it ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.files.trace_passes import bad_floats, bad_ids
 from moesim.routing.trace import ORIGINS, RoutingTrace
 
 MAX_EXPERTS = 65_536
@@ -35,7 +35,28 @@ def trace_mistakes(trace: RoutingTrace) -> list[str]:
         "num_experts": trace.num_experts,
     }
     found = header_mistakes(header | {"provenance": dict(trace.provenance)}) + shape_mistakes(trace)
-    return found or token_mistakes(trace) + routing_mistakes(trace)
+    return found or _token_rules(trace) + _routing_rules(trace)
+
+
+def _token_rules(trace: RoutingTrace) -> list[str]:
+    facts = {"request": trace.request_T, "position": trace.position_T, "phase": trace.is_decode_T.astype(np.int8)}
+    if trace.token_id_T is not None:
+        facts["token_id"] = trace.token_id_T
+    return token_mistakes(facts, np.arange(trace.num_tokens + 1) * trace.num_layers)
+
+
+def _routing_rules(trace: RoutingTrace) -> list[str]:
+    L, E = trace.num_layers, trace.num_experts
+    found = [] if trace.top_k <= E else [too_many_experts(trace.top_k, E)]
+    found += id_mistakes("expert_ids", trace.expert_ids_TLK, E)
+    for horizon, ids_TLW in enumerate(trace.predicted_HTLW, start=1):
+        covered = max(L - horizon, 1)
+        found += id_mistakes(predicted_column(horizon), ids_TLW, E, lambda n, c=covered: n // c * L + n % c)
+    if trace.scores_TLE is not None:
+        found += score_mistakes(trace.scores_TLE)
+    if trace.weights_TLK is not None:
+        found += weight_mistakes(trace.weights_TLK)
+    return found
 
 
 def header_mistakes(header: Mapping[str, object]) -> list[str]:
@@ -77,7 +98,7 @@ def shape_mistakes(trace: RoutingTrace) -> list[str]:
     }
     for horizon, ids_TLW in enumerate(trace.predicted_HTLW, start=1):
         width = ids_TLW.shape[2] if ids_TLW.ndim == 3 else K
-        wanted[predicted_column(horizon)] = (ids_TLW, (T, max(L - horizon, 0), width), (np.uint8, np.uint16))
+        wanted[predicted_column(horizon)] = (ids_TLW, (T, max(L - horizon, 0), max(width, 1)), (np.uint8, np.uint16))
     found = [
         f"{column} must be {' or '.join(t.__name__ for t in types)} {list(shape)}; "
         f"given {array.dtype} {list(array.shape)}"
@@ -93,110 +114,97 @@ def shape_mistakes(trace: RoutingTrace) -> list[str]:
     return found
 
 
-def token_mistakes(trace: RoutingTrace) -> list[str]:
-    """Broken rules of the tokens: order, signs, decode after prefill."""
-    L = trace.num_layers
+def token_mistakes(facts: Mapping[str, NDArray[Any]], row_T: NDArray[np.integer]) -> list[str]:
+    """Broken rules of the tokens: order, signs, decode after prefill.
+
+    facts: request, position, phase (0 prefill, 1 decode, -1 neither) and token_id [T] by name, those that are known.
+    row_T: the row at which each token starts and, as entry T, the number of rows.
+    """
     found = []
-    for column, values_T in (
-        ("request", trace.request_T),
-        ("position", trace.position_T),
-        ("token_id", trace.token_id_T),
-    ):
-        if values_T is not None:
-            found += first_bad(column, values_T < 0, L, partial(_negative, values_T))
-    same_T = np.diff(trace.request_T) == 0
-    key_T = (trace.request_T.astype(np.int64) << 32) + trace.position_T
-    found += first_bad(
-        "position",
-        np.concatenate([[False], np.diff(key_T) <= 0]),
-        L,
-        lambda t: (
-            f"rows must be sorted by (request, position), each pair once; request {trace.request_T[t]} "
-            "position "
-            f"{trace.position_T[t]} follows request {trace.request_T[t - 1]} position "
-            f"{trace.position_T[t - 1]}; "
-            "sort the rows and drop repeats"
-        ),
-    )
-    found += first_bad(
-        "phase",
-        np.concatenate([[False], same_T & trace.is_decode_T[:-1] & ~trace.is_decode_T[1:]]),
-        L,
-        lambda t: f"prefill must come before decode in a request; request {trace.request_T[t]} goes back",
-    )
-    return found
-
-
-def _negative(values_T: NDArray[np.int32], token: int) -> str:
-    return f"must not be negative; given {values_T[token]}"
-
-
-def routing_mistakes(trace: RoutingTrace) -> list[str]:
-    """Broken rules of the routing: ids in range and distinct, weights finite and not negative."""
-    L, E, K = trace.num_layers, trace.num_experts, trace.top_k
-    found = []
-    if K > E:
-        found.append(f"expert_ids: a token cannot choose {K} of {E} experts; correct num_experts in the header")
-    found += _id_mistakes("expert_ids", trace.expert_ids_TLK, E, L)
-    for horizon, ids_TLW in enumerate(trace.predicted_HTLW, start=1):
-        found += _id_mistakes(predicted_column(horizon), ids_TLW, E, L)
-    if trace.scores_TLE is not None:
-        bad = ~np.isfinite(trace.scores_TLE).all(axis=2).ravel()
-        found += first_bad("scores", bad, 1, lambda _row: "router scores must be finite; leave the column out")
-    if trace.weights_TLK is not None:
-        weights = trace.weights_TLK
-        # The bits of a float16 from 0 to the largest finite value are 0x0000 to 0x7bff; 0x8000 is -0.
-        bits = weights.view(np.uint16)
-        bad_TL = ((bits >= 0x7C00) & (bits != 0x8000)).any(axis=2)
+    for column in ("request", "position", "token_id"):
+        if column in facts:
+            found += negative(column, facts[column], row_T)
+    if "request" not in facts:
+        return found
+    request_T = facts["request"]
+    same_T = request_T[1:] == request_T[:-1]
+    if "position" in facts:
+        position_T = facts["position"]
+        falls_T = (request_T[1:] < request_T[:-1]) | (same_T & (position_T[1:] <= position_T[:-1]))
         found += first_bad(
-            "weights",
-            bad_TL.ravel(),
-            1,
-            lambda row: (
-                "gate weights must be finite and not negative; given "
-                f"{weights.reshape(-1, K)[row].tolist()}; "
-                "capture again, or leave the column out"
+            "position",
+            np.concatenate([[False], falls_T]),
+            row_T,
+            lambda t: (
+                f"rows must be sorted by (request, position), each pair once; request {request_T[t]} position "
+                f"{position_T[t]} follows request {request_T[t - 1]} position {position_T[t - 1]}; "
+                "sort the rows and drop repeats"
             ),
+        )
+    if "phase" in facts:
+        back_T = same_T & (facts["phase"][:-1] == 1) & (facts["phase"][1:] == 0)
+        found += first_bad(
+            "phase",
+            np.concatenate([[False], back_T]),
+            row_T,
+            lambda t: f"prefill must come before decode in a request; request {request_T[t]} goes back",
         )
     return found
 
 
-def _id_mistakes(column: str, ids: NDArray[Any], num_experts: int, num_layers: int) -> list[str]:
-    """Range and distinctness of ids [T, covered layers, K], which may leave out the last layers."""
-    covered: int = ids.shape[1]
-    rows = ids.reshape(-1, ids.shape[2])
-    ordered = np.sort(rows, axis=1)
-
-    def file_row(row: int) -> int:
-        return row // covered * num_layers + row % covered
-
-    found = []
-    out_of_range = ordered[:, -1] >= num_experts
-    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-    rules = (
-        (
-            out_of_range,
-            f"expert ids must be below num_experts = {num_experts}",
-            "correct the ids or num_experts",
-        ),
-        (repeated, "a token's experts must be distinct", "keep each expert once"),
-    )
-    for bad, rule, remedy in rules:
-        if bad.any():
-            row = int(bad.argmax())
-            found.append(
-                f"column {column}, row {file_row(row)}: {rule}; given {rows[row].tolist()}; "
-                f"{remedy} ({_rows(int(bad.sum()))})"
-            )
-    return found
+def negative(column: str, values_T: NDArray[np.integer], row_T: NDArray[np.integer]) -> list[str]:
+    """The rule that no value is below 0."""
+    return first_bad(column, values_T < 0, row_T, lambda t: f"must not be negative; given {values_T[t]}")
 
 
-def first_bad(column: str, bad: NDArray[np.bool_], rows_per_entry: int, say: Callable[[int], str]) -> list[str]:
-    """One line for the first True of `bad`, or none; `say(index)` gives the rule and what was given."""
-    if not bad.any():
+def first_bad(
+    column: str, bad_T: NDArray[np.bool_], row_T: NDArray[np.integer], say: Callable[[int], str]
+) -> list[str]:
+    """One line for the first True, or none; `say(token)` gives the rule and what was given. `row_T` as above."""
+    if not bad_T.any():
         return []
-    index = int(bad.argmax())
-    return [f"column {column}, row {index * rows_per_entry}: {say(index)} ({_rows(int(bad.sum()) * rows_per_entry)})"]
+    token = int(bad_T.argmax())
+    return [f"column {column}, row {row_T[token]}: {say(token)} ({_rows(int(np.diff(row_T)[bad_T].sum()))})"]
+
+
+def too_many_experts(top_k: int, num_experts: int) -> str:
+    """What to say where K > E."""
+    return f"expert_ids: a token cannot choose {top_k} of {num_experts} experts; correct num_experts in the header"
+
+
+def id_mistakes(column: str, ids: NDArray[Any], num_experts: int, row: Callable[[int], int] = lambda n: n) -> list[str]:
+    """Range and distinctness of ids [..., K]; `row(n)` is the row of the file with the n-th K ids."""
+    ids_NK = ids.reshape(-1, ids.shape[-1])
+    out, twice = bad_ids(ids_NK, num_experts)
+    rules = (
+        (out, f"expert ids must be below num_experts = {num_experts}", "correct the ids or num_experts"),
+        (twice, "a token's experts must be distinct", "keep each expert once"),
+    )
+    return [
+        f"column {column}, row {row(bad.first)}: {rule}; given {ids_NK[bad.first].tolist()}; "
+        f"{remedy} ({_rows(bad.rows)})"
+        for bad, rule, remedy in rules
+        if bad.rows
+    ]
+
+
+def score_mistakes(scores: NDArray[np.float16]) -> list[str]:
+    """Router scores [..., E] are finite."""
+    bad = bad_floats(scores.reshape(-1, scores.shape[-1]), negative=True)
+    rule = "router scores must be finite; leave the column out"
+    return [f"column scores, row {bad.first}: {rule} ({_rows(bad.rows)})"] if bad.rows else []
+
+
+def weight_mistakes(weights: NDArray[np.float16]) -> list[str]:
+    """Gate weights [..., K] are finite and not negative."""
+    weights_NK = weights.reshape(-1, weights.shape[-1])
+    bad = bad_floats(weights_NK, negative=False)
+    if not bad.rows:
+        return []
+    return [
+        f"column weights, row {bad.first}: gate weights must be finite and not negative; given "
+        f"{weights_NK[bad.first].tolist()}; capture again, or leave the column out ({_rows(bad.rows)})"
+    ]
 
 
 def _rows(count: int) -> str:
