@@ -129,7 +129,9 @@ def _prediction(trace: RoutingTrace) -> Named:
 
 
 def _recalls(trace: RoutingTrace, name: str, horizon: int, guessed: Recall | None, popular: Recall | None) -> Named:
-    unknown = Recall(np.full((max(trace.num_layers - horizon, 0), 0), np.nan), np.full(trace.num_layers - horizon, np.nan))
+    unknown = Recall(
+        np.full((max(trace.num_layers - horizon, 0), 0), np.nan), np.full(trace.num_layers - horizon, np.nan)
+    )
     guessed, popular = guessed or unknown, popular or unknown
     for width in widths(trace):
         named = f"{name}_recall_fraction{_suffix(trace, horizon, width)}"
