@@ -127,7 +127,10 @@ def notes(measured: Measured) -> list[str]:
         sizes = ", ".join(map(str, short))
         found.append(f"no batch of {sizes}: the trace has {measured.num_requests} requests, one token of each per step")
     if not trace.is_decode_T.any():
-        found.append("no decode tokens: prompts are read as if they were decoded, one token of a request per step")
+        found.append(
+            "no decode tokens: a batch is read from prompts, the n-th tokens together; prompts of one template are more "
+            "alike there than decoding is"
+        )
     if trace.token_id_T is None:
         found.append("no token ids: whether a token decides its experts is not known")
     if measured.num_requests == 1:
@@ -185,4 +188,6 @@ def _said(name: str, value: float) -> str:
 
 def _plain(values: NDArray[np.float64]) -> Any:
     """Nested lists; null for NaN."""
-    return np.where(np.isnan(values), None, values.astype(object)).tolist()
+    plain = values.astype(object)
+    plain[np.isnan(values)] = None
+    return plain.tolist()

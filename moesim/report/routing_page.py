@@ -43,7 +43,8 @@ PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "routing-caches": (
         "Expert cache: misses by size",
         "Mean over layers and their range. No cache of the same size can miss less than Belady's MIN, which knows the "
-        "future. A step asks for its distinct experts together.",
+        "future. A step asks for its distinct experts together, and they stay until the next: with room for K, a cache "
+        "just holds the last token's experts, whoever manages it.",
         ("Expert cache, hit ratio",),
     ),
     "routing-information": (
@@ -51,10 +52,16 @@ PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Mutual information of the top-1 experts of two layers. The dashed line is what too few tokens feign.",
         ("Between layers, top-1 experts",),
     ),
-    "routing-matrices": (
-        "Which experts go together",
-        "The layer pair and the layer with the most structure. Red: more often than by chance. Left, rows by falling "
-        "use and columns by the expert that leads to them; right, experts that are chosen together stand together.",
+    "routing-transitions": (
+        "Where the tokens of an expert go next",
+        "The layer pair with the most information. Experts that lead to each other stand near the diagonal; even "
+        "columns, as on the right, would mean that a layer says nothing about the next.",
+        (),
+    ),
+    "routing-coactivation": (
+        "Which experts are chosen together",
+        "Pairs of experts of one token in the layer with the most structure; those often chosen together stand "
+        "together. Grey: no such pair can be.",
         ("Within a token",),
     ),
     "routing-prediction": (
@@ -118,9 +125,8 @@ def routing_answer(measured: Measured) -> str:
         )
     size = cache_sizes(trace)[-1]
     lru, floor = mean[f"lru_hit_ratio_{size}_experts"], mean[f"belady_hit_ratio_{size}_experts"]
-    said.append(
-        f"With {size} experts of each layer at hand, requests in turn, LRU hits {_percent(lru)}, the best possible is {_percent(floor)}."
-    )
+    at_hand = f"With {size} experts of each layer at hand, requests in turn,"
+    said.append(f"{at_hand} LRU hits {_percent(lru)}; the best possible is {_percent(floor)}.")
     known = [way for way in ("prediction", "table") if np.isfinite(mean.get(f"{way}_recall_fraction", np.nan))]
     if known:
         words = {"prediction": "an earlier run of its gate", "table": "a table of transitions"}

@@ -5,7 +5,7 @@ A figure is None where the trace has nothing to show in it. The same trace gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from moesim.routing.load import Floats, Ints, distinct_experts_L, expert_load_LE
 from moesim.routing.prediction import Recall, gate_recall, popularity_recall, table_recall
 from moesim.routing.reuse import miss_ratios
 from moesim.routing.statistics import HORIZONS
-from moesim.routing.structure import coactivation_LEE, coactivation_lift_LEE, transitions_LEE
+from moesim.routing.structure import coactivation_lift_LEE, transitions_LEE
 from moesim.routing.topics import topics
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def load(measured: Measured) -> Figure | None:
     ticks = [0.0, 0.5, 1.0, *(tick for tick in (1.5, 2.0, 3.0, 4.0) if tick <= min(most, 4.0))]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.set_label("load over the mean of its layer")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -65,7 +65,8 @@ def ranks(measured: Measured) -> Figure | None:
             if np.isfinite(values_L).all():
                 axes.plot(values_L, color=colour, label=label)
         axes.plot(rank_imbalance_L(trace, ep), color=INK, linestyle="--", label="whole trace")
-        axes.set(title=f"EP {ep}: {trace.num_experts // ep} experts a rank", ylabel="busiest rank / mean")
+        held = trace.num_experts // ep
+        axes.set(title=f"EP {ep}: {held} expert{'s' if held > 1 else ''} a rank", ylabel="busiest rank / mean")
         axes.set_ylim(1.0)
         _by_layer(axes, measured)
     handles, labels = axes.get_legend_handles_labels()
@@ -132,13 +133,16 @@ def caches(measured: Measured) -> Figure | None:
             size_C, percent_LC = range(curves_LC.shape[1]), 100 * curves_LC
             axes.fill_between(size_C, percent_LC.min(axis=0), percent_LC.max(axis=0), color=colour, alpha=0.15, lw=0)
             axes.plot(size_C, percent_LC.mean(axis=0), color=colour, label=label)
-        uniform = [100, 0] if batch is None else None
-        if uniform:
-            axes.plot([0, trace.num_experts], uniform, color=FAINT, linestyle="--", lw=1, label="as if even and random")
+        if batch is None:
+            axes.plot([0, trace.num_experts], [100, 0], color=FAINT, linestyle="--", lw=1, label="even, independent")
+            axes.axvline(trace.top_k, color=FAINT, lw=0.8)
+            axes.annotate(f"K = {trace.top_k}", (trace.top_k, 2), (4, 0), textcoords="offset points", color=FAINT)
         axes.set(
             title="requests in turn" if batch is None else f"{batch} requests decode together",
-            xlabel=f"experts of a layer in the cache, of {trace.num_experts}", ylim=(0, 101), xlim=(0, trace.num_experts),
-        )  # fmt: skip
+            xlabel=f"experts of a layer in the cache, of {trace.num_experts}",
+            xlim=(0, trace.num_experts),
+            ylim=(0, 101),
+        )
         axes.grid()
     first = figure.axes[0]
     first.set_ylabel("misses, % of uses")
@@ -168,38 +172,64 @@ def information(measured: Measured) -> Figure | None:
     return figure
 
 
-def matrices(measured: Measured) -> Figure | None:
-    """Transitions of the layer pair, and co-activation of the layer, with the most information each."""
+def transitions(measured: Measured) -> Figure | None:
+    """Where the tokens of each top-1 expert go in the next layer: the layer pair with the most information."""
+    trace, found = measured.trace, measured.measures
+    if trace.num_layers < 2:
+        return None
+    layer = int(np.argmax(found["layer_information_bits"] - found["layer_information_bits_by_chance"]))
+    counts_EE = transitions_LEE(trace)[layer].astype(np.float64)
+    from_E, to_E = counts_EE.sum(axis=1), counts_EE.sum(axis=0)
+    rows, columns = _matched(counts_EE)
+    percent_EE = 100 * np.divide(counts_EE, from_E[:, None], out=np.zeros_like(counts_EE), where=from_E[:, None] > 0)
+    by_chance_EE = np.broadcast_to(100 * to_E / to_E.sum(), counts_EE.shape)
+    figure = new_figure(4.9)
+    pair = f"layer {trace.layers[layer]} to {trace.layers[layer + 1]}"
+    most = min(100.0, float(np.quantile(percent_EE.max(axis=1), 0.9)))
+    for axes, shown_EE, title in zip(
+        figure.subplots(1, 2),
+        (percent_EE, by_chance_EE),
+        (f"top-1 experts, {pair}", "if the layers knew nothing"),
+        strict=True,
+    ):
+        image = axes.imshow(
+            shown_EE[np.ix_(rows, columns)], cmap="Blues", norm=_square_root(most), interpolation="none"
+        )
+        axes.set(title=title, xlabel="to expert", ylabel="from expert", xticks=[], yticks=[])
+    bar = figure.colorbar(image, ax=figure.axes, location="right", shrink=0.8, aspect=24, pad=0.02)
+    bar.set_ticks([tick for tick in (0, 1, 5, 10, 20, 40, 70, 100) if tick <= 1.01 * most])
+    bar.set_label("% of the tokens of the expert on the left")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def coactivation(measured: Measured) -> Figure | None:
+    """Which experts one token chooses together, against chance; beside it, how much this tells by layer."""
     from matplotlib.colors import LogNorm
 
     trace, found = measured.trace, measured.measures
-    if trace.num_layers < 2 and trace.top_k < 2:
+    if trace.top_k < 2:
         return None
+    layer = int(np.argmax(found["coactivation_information_bits"]))
+    lift_EE = coactivation_lift_LEE(trace)[layer]
+    order = _side_by_side(np.nan_to_num(lift_EE))
     figure = new_figure(4.9)
-    left, right = figure.subplots(1, 2)
-    for axes in (left, right):
-        axes.set_visible(False)
-    if trace.num_layers > 1:
-        layer = int(np.argmax(found["layer_information_bits"] - found["layer_information_bits_by_chance"]))
-        counts_EE = transitions_LEE(trace)[layer].astype(np.float64)
-        ratio_EE = _over_popularity(counts_EE)
-        rows, columns = _in_blocks(counts_EE)
-        title = f"top-1 transitions, layer {trace.layers[layer]} to {trace.layers[layer + 1]}"
-        _matrix(left, ratio_EE[np.ix_(rows, columns)], title, ("to expert", "from expert"))
-    if trace.top_k > 1:
-        layer = int(np.argmax(found["coactivation_information_bits"]))
-        lift_EE = coactivation_lift_LEE(trace)[layer]
-        order = _side_by_side(coactivation_LEE(trace)[layer], lift_EE)
-        title = f"co-activation, layer {trace.layers[layer]}"
-        _matrix(right, lift_EE[np.ix_(order, order)], title, ("expert", "expert"))
-    shown = next(axes for axes in (left, right) if axes.get_visible())
-    assert isinstance(shown.images[0].norm, LogNorm)
-    bar = figure.colorbar(shown.images[0], ax=[left, right], location="right", shrink=0.8, aspect=24, pad=0.02)
-    ticks = (0.125, 0.25, 0.5, 1, 2, 4, 8)
-    bar.set_ticks(ticks, labels=["≤ 1/8", "1/4", "1/2", "1", "2", "4", "≥ 8"])
+    axes, beside = figure.subplots(1, 2)
+    axes.set_facecolor("#e8ebee")
+    shown_EE = np.clip(lift_EE[np.ix_(order, order)], 1 / 8, 8)
+    image = axes.imshow(shown_EE, cmap="RdBu_r", norm=LogNorm(1 / 8, 8), interpolation="none")
+    axes.set(
+        title=f"pairs of experts, layer {trace.layers[layer]}", xlabel="expert", ylabel="expert", xticks=[], yticks=[]
+    )
+    bar = figure.colorbar(image, ax=axes, location="right", shrink=0.8, aspect=24, pad=0.02)
+    bar.set_ticks((0.125, 0.25, 0.5, 1, 2, 4, 8), labels=["≤ 1/8", "1/4", "1/2", "1", "2", "4", "≥ 8"])
     bar.minorticks_off()
     bar.set_label("times as often as by chance")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
+    information_L = found["coactivation_information_bits"]
+    _against(beside, information_L, found["coactivation_information_bits_by_chance"], BLUE, "shuffled choices")
+    beside.set(title="what one expert of a token tells of another", ylabel="bits per pair")
+    _by_layer(beside, measured)
     return figure
 
 
@@ -256,7 +286,8 @@ def requests(measured: Measured) -> Figure | None:
         )
         first.set_xticks(number)
         first.legend(loc="best", fontsize=8.5)
-    title = f"{groups.num_topics} topics" if groups.num_topics > 1 else "no separate topics"
+    sizes = " + ".join(map(str, np.bincount(groups.topic_N)))
+    title = f"{groups.num_topics} topics: {sizes} requests" if groups.num_topics > 1 else "no separate topics"
     first.set(
         title=title, xlabel="groups of requests (k-means)", ylabel="silhouette", ylim=(min(0, *first.get_ylim()), None)
     )
@@ -264,13 +295,14 @@ def requests(measured: Measured) -> Figure | None:
     second.plot(100 * found["request_explained_fraction"], color=BLUE)
     second.set(title="the request explains", ylabel="% of the choice of experts", ylim=(0, None))
     _by_layer(second, measured)
-    for name, colour, label in (("within", ORANGE, "inside a request"), ("over", GREEN, "early to late requests")):
+    for name, colour, label in (("within", ORANGE, "in a request"), ("over", GREEN, "over requests")):
         values = found[f"drift_{name}_requests_bits"]
         if np.isfinite(values).all():
             third.plot(values, color=colour, label=label)
             third.plot(found[f"drift_{name}_requests_bits_by_chance"], color=colour, linestyle="--", lw=1)
-    third.set(title="drift (dashed: random halves)", ylabel="Jensen-Shannon divergence, bits", ylim=(0, None))
-    third.legend(loc="best", fontsize=8.5)
+    third.set(title="drift (dashed: random halves)", ylabel="Jensen-Shannon divergence, bits")
+    third.set_ylim(0, 1.3 * third.get_ylim()[1])  # room for the legend
+    third.legend(loc="upper left", fontsize=8.5, ncols=2)
     _by_layer(third, measured)
     return figure
 
@@ -282,7 +314,8 @@ ROUTING_PLOTS: Mapping[str, Callable[[Measured], Figure | None]] = {
     "routing-tokens": tokens,
     "routing-caches": caches,
     "routing-information": information,
-    "routing-matrices": matrices,
+    "routing-transitions": transitions,
+    "routing-coactivation": coactivation,
     "routing-prediction": prediction,
     "routing-requests": requests,
 }
@@ -316,36 +349,29 @@ def _shades(number: int) -> list[Any]:
     return [matplotlib.colormaps[BATCH_COLOURS](0.35 + 0.6 * i / max(1, number - 1)) for i in range(number)]
 
 
-def _matrix(axes: Axes, ratio_EE: Floats, title: str, labels: tuple[str, str]) -> None:
-    from matplotlib.colors import LogNorm
+def _square_root(most: float) -> Any:
+    from matplotlib.colors import PowerNorm
 
-    axes.set_visible(True)
-    shown_EE = np.where(np.isnan(ratio_EE), np.nan, np.clip(ratio_EE, 1 / 8, 8))
-    axes.set_facecolor("#e8ebee")
-    axes.imshow(shown_EE, cmap="RdBu_r", norm=LogNorm(1 / 8, 8), interpolation="none")
-    axes.set(title=title, xlabel=labels[0], ylabel=labels[1], xticks=[], yticks=[])
+    return PowerNorm(0.5, 0.0, most, clip=True)
 
 
-def _over_popularity(counts_EE: Floats) -> Floats:
-    """P(a, b) / (P(a) P(b)); NaN where a or b was never top-1."""
-    expected_EE = np.outer(counts_EE.sum(axis=1), counts_EE.sum(axis=0)) / counts_EE.sum()
-    return np.divide(counts_EE, expected_EE, out=np.full_like(counts_EE, np.nan), where=expected_EE > 0)
+def _matched(counts_EE: Floats) -> tuple[Ints, Ints]:
+    """Orders of rows and of columns that bring what goes together near the diagonal.
 
-
-def _in_blocks(counts_EE: Floats) -> tuple[Ints, Sequence[int]]:
-    """Rows by falling use, and columns after the row that leads to them most, so that strong links near the diagonal."""
-    rows = np.argsort(-counts_EE.sum(axis=1), kind="stable")
-    main_E = counts_EE[rows].argmax(axis=0)
-    return rows, np.lexsort((-counts_EE.sum(axis=0), main_E)).tolist()
-
-
-def _side_by_side(pairs_EE: Ints, lift_EE: Floats) -> Ints:
-    """An order in which experts that are chosen together stand together: the main axis of what the lifts have in common.
-
-    Source: spectral seriation, Atkins et al. 1998 (the Fiedler vector of the graph of lifts).
+    Source: correspondence analysis, Hirschfeld 1935: the first axis beside the trivial one.
     """
-    weight_EE = np.nan_to_num(np.where(pairs_EE > 0, lift_EE, 0.0))
-    laplacian_EE = np.diag(weight_EE.sum(axis=1)) - weight_EE
+    row_E, column_E = (np.sqrt(np.maximum(counts_EE.sum(axis=axis), 1e-12)) for axis in (1, 0))
+    left_EE, _values, right_EE = np.linalg.svd(counts_EE / np.outer(row_E, column_E))
+    axis = min(1, len(left_EE) - 1)
+    return np.argsort(left_EE[:, axis] / row_E, kind="stable"), np.argsort(right_EE[axis] / column_E, kind="stable")
+
+
+def _side_by_side(weight_EE: Floats) -> Ints:
+    """An order in which experts with a great weight between them stand together.
+
+    Source: spectral seriation, Atkins et al. 1998: the second eigenvector of the normalised Laplacian.
+    """
     scale_E = 1 / np.sqrt(np.maximum(weight_EE.sum(axis=1), 1e-12))
+    laplacian_EE = np.diag(weight_EE.sum(axis=1)) - weight_EE
     _values, vectors = np.linalg.eigh(laplacian_EE * np.outer(scale_E, scale_E))
     return np.argsort(vectors[:, min(1, len(vectors) - 1)] * scale_E, kind="stable")

@@ -201,7 +201,7 @@ def _k_means(features_ND: Floats, number: int, random: np.random.Generator) -> t
 
 def _squared_distances(one_ND: Floats, other_MD: Floats) -> Floats:
     squares_NM = np.square(one_ND).sum(axis=1)[:, None] + np.square(other_MD).sum(axis=1)
-    return np.maximum(squares_NM - 2 * one_ND @ other_MD.T, 0.0)
+    return np.asarray(np.maximum(squares_NM - 2 * one_ND @ other_MD.T, 0.0))
 
 
 def _silhouette(distance_NN: Floats, group_N: Ints) -> float:
