@@ -111,7 +111,7 @@ def routing_sections(measured: Measured) -> list[Section]:
         shown.append(math.nan if beside is None else beside.mean())
         rows[heading].append(Row(label, tuple(Cell(_said(name, float(value))) for value in shown)))
     return [
-        Section(heading, ("mean over layers", "least", "most", beside), tuple(rows[heading]))
+        Section(heading, ("mean", "least", "most", beside), tuple(rows[heading]))
         for heading, beside in HEADINGS.items()
         if rows[heading]
     ]
@@ -128,8 +128,8 @@ def notes(measured: Measured) -> list[str]:
         found.append(f"no batch of {sizes}: the trace has {measured.num_requests} requests, one token of each per step")
     if not trace.is_decode_T.any():
         found.append(
-            "no decode tokens: a batch is read from prompts, the n-th tokens together; prompts of one template are more "
-            "alike there than decoding is"
+            "no decode tokens: a batch is read from prompts, the n-th tokens together, and prompts of one template are "
+            "more alike there than decoding is"
         )
     if trace.token_id_T is None:
         found.append("no token ids: whether a token decides its experts is not known")

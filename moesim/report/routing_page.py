@@ -3,74 +3,79 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moesim.report import replace_file
+from moesim.report import replace_file, routing_plots, routing_structure
 from moesim.report.html import details, html_table, listed, page_file, page_section, picture
 from moesim.report.plots import svg
 from moesim.report.routing import Measured, notes, routing_sections, title_of
-from moesim.report.routing_plots import ROUTING_PLOTS
 from moesim.report.tables import number
 from moesim.routing.statistics import cache_sizes
 from moesim.version import __version__
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # picture -> title, how to read it, headings of the tables folded under it
-PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "routing-load": (
+PARTS: dict[Callable[[Measured], Figure | None], tuple[str, str, tuple[str, ...]]] = {
+    routing_plots.load: (
         "Load of the experts",
         "Red experts get more tokens than the mean of their layer. A layer waits for its busiest expert.",
         ("Load balance",),
     ),
-    "routing-ranks": (
+    routing_plots.ranks: (
         "Load of the ranks",
         "Experts in order of their number, E / EP on each rank. Small batches are less even than the whole trace.",
         (),
     ),
-    "routing-distinct": (
+    routing_plots.distinct: (
         "Distinct experts in a batch",
         "How many experts' weights one decode step reads. Below the dashed line, tokens of one step agree.",
         ("Distinct experts in a batch",),
     ),
-    "routing-tokens": (
+    routing_plots.tokens: (
         "From token to token",
         "What is above the dashed line is memory: of the token before, or of the token itself.",
         ("From token to token",),
     ),
-    "routing-caches": (
+    routing_plots.caches: (
         "Expert cache: misses by size",
         "Mean over layers and their range. No cache of the same size can miss less than Belady's MIN, which knows the "
         "future. A step asks for its distinct experts together, and they stay until the next: with room for K, a cache "
         "just holds the last token's experts, whoever manages it.",
         ("Expert cache, hit ratio",),
     ),
-    "routing-information": (
+    routing_structure.information: (
         "From layer to layer",
         "Mutual information of the top-1 experts of two layers. The dashed line is what too few tokens feign.",
         ("Between layers, top-1 experts",),
     ),
-    "routing-transitions": (
+    routing_structure.transitions: (
         "Where the tokens of an expert go next",
         "The layer pair with the most information. Experts that lead to each other stand near the diagonal; even "
         "columns, as on the right, would mean that a layer says nothing about the next.",
         (),
     ),
-    "routing-coactivation": (
+    routing_structure.coactivation: (
         "Which experts are chosen together",
         "Pairs of experts of one token in the layer with the most structure; those often chosen together stand "
         "together. Grey: no such pair can be.",
         ("Within a token",),
     ),
-    "routing-prediction": (
+    routing_structure.prediction: (
         "Prediction of later layers",
         "Share of a layer's experts among the guesses made layers ahead. Gate: the later layer's router on the earlier "
         "input; table: learnt on every second request, judged on the others.",
         ("Prediction of later layers",),
     ),
-    "routing-requests": (
+    routing_plots.requests: (
         "Topics and drift",
         "Requests that use the same experts, and how the use changes inside a request and from early to late ones.",
         ("Topics and drift",),
@@ -87,10 +92,14 @@ def routing_page(measured: Measured) -> str:
     """The whole page as text."""
     tables = {section.title: section for section in routing_sections(measured)}
     body = []
-    for name, (title, says, headings) in PARTS.items():
-        image = svg(name, lambda name=name: ROUTING_PLOTS[name](measured))  # type: ignore[misc]
+    for figure_of, (title, says, headings) in PARTS.items():
+        image = svg(f"routing-{figure_of.__name__}", partial(figure_of, measured))
         numbers = "".join(html_table(tables[heading]) for heading in headings if heading in tables)
-        body.append(picture(title, says, image, details("The numbers", numbers) if numbers else ""))
+        body.append(
+            picture(
+                title, says, image, details("The numbers: mean over layers, least and most", numbers) if numbers else ""
+            )
+        )
     said = notes(measured)
     if said:
         lines = "".join(f"<li>{escape(note)}</li>" for note in said)

@@ -35,7 +35,7 @@ def stats_command(trace: str, ep: tuple[int, ...], batch: tuple[int, ...], as_js
 
         write_routing_page(measured, report)
     if as_json:
-        click.echo(json.dumps(routing_json(measured), indent=1))
+        click.echo(json.dumps(routing_json(measured), indent=2))
     else:
         from rich.console import Console
 
@@ -45,6 +45,9 @@ def stats_command(trace: str, ep: tuple[int, ...], batch: tuple[int, ...], as_js
         if not console.is_terminal:  # a pipe has no width to fold to
             console = Console(width=120)
         console.print(title_of(routing), style="bold", highlight=False)
+        console.print(
+            "mean over layers, the least and the most of a layer, and what chance would give", highlight=False
+        )
         for section in routing_sections(measured):
             console.print()
             console.print(terminal_table(section, slice(None), console.width))
