@@ -1,11 +1,13 @@
 """The compiled counting against a plain twin."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.policies.placement import PLACEMENTS
 from moesim.routing.counting import Counter
+from moesim.routing.pool import RoutingPool
 from moesim.routing.synthetic import zipf_trace
 
 
@@ -27,22 +29,74 @@ def test_counts_equal_a_plain_twin(name, ep, num_groups, redundant, seed):
     source_B = rng.integers(0, num_ranks, 20).astype(np.int32)
     counts = Counter(placement, num_experts, num_ranks, node_R).count(trace.expert_ids_TLK, rows_B, source_B)
 
-    load, traffic = np.zeros_like(counts.load_LRS), np.zeros_like(counts.traffic_CLR)
-    for b, (row, source) in enumerate(zip(rows_B, source_B, strict=True)):
-        for layer in range(3):
+    load, traffic = plain_counts(counts, trace.expert_ids_TLK[rows_B], source_B, np.arange(20), placement, node_R)
+    np.testing.assert_array_equal(counts.load_LRS, load)
+    np.testing.assert_array_equal(counts.traffic_CLR, traffic)
+
+
+def plain_counts(like, ids_BLK, source_B, choice_B, placement, node_R):
+    """The twin: token by token, sets for what was sent; arrays shaped as those of `like`."""
+    load, traffic = np.zeros_like(like.load_LRS), np.zeros_like(like.traffic_CLR)
+    slots_per_rank = load.shape[2]
+    for ids_LK, source, choice in zip(ids_BLK, source_B, choice_B, strict=True):
+        for layer, ids_K in enumerate(ids_LK):
             sent = set()
-            for expert in trace.expert_ids_TLK[row, layer]:
+            for expert in ids_K:
                 copies = np.flatnonzero(placement.slot_expert_LP[layer] == expert)
-                slot = copies[b % len(copies)]
-                rank = source // ep * ep + slot // (num_slots // ep)
-                load[layer, rank, slot % (num_slots // ep)] += 1
+                slot = copies[choice % len(copies)]
+                rank = source // placement.ep * placement.ep + slot // slots_per_rank
+                load[layer, rank, slot % slots_per_rank] += 1
                 if rank != source and rank not in sent:
                     sent.add(rank)
                     far = int(node_R[rank] != node_R[source])
                     traffic[far, layer, source] += 1
                     traffic[2 + far, layer, rank] += 1
+    return load, traffic
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(sorted(PLACEMENTS)),
+    st.sampled_from([2, 4]),
+    st.integers(1, 2),
+    st.sampled_from([0, 4]),
+    st.integers(0, 9),
+)
+def test_windows_of_the_pool_equal_a_plain_twin(name, ep, num_groups, redundant, seed):
+    num_ranks = ep * num_groups
+    trace = zipf_trace(3, 8, 2, num_requests=6, prompt_tokens=3, output_tokens=2, seed=seed)
+    placement = PLACEMENTS[name]().place(3, 8, 8 + redundant, ep)
+    node_R = (np.arange(num_ranks) // 2).astype(np.int32)
+    rng = np.random.default_rng(seed)
+    rows_T = rng.permutation(trace.num_tokens)
+    pool = RoutingPool(trace.expert_ids_TLK, rows_T, placement, 8, num_ranks, node_R)
+    first_R, tokens_R = rng.integers(0, 30, num_ranks), rng.integers(0, 31, num_ranks)  # empty, whole, past the end
+    counts = pool.count(first_R, tokens_R)
+    places_B = np.concatenate([(f + np.arange(n)) % 30 for f, n in zip(first_R, tokens_R, strict=True)])
+    source_B = np.repeat(np.arange(num_ranks), tokens_R)
+    ids_BLK = trace.expert_ids_TLK[rows_T[places_B]]
+    load, traffic = plain_counts(counts, ids_BLK, source_B, places_B, placement, node_R)
     np.testing.assert_array_equal(counts.load_LRS, load)
     np.testing.assert_array_equal(counts.traffic_CLR, traffic)
+
+
+def test_totals_that_wrap_around_leave_windows_exact():
+    """A pool of more than 2^16 tokens that all choose the same expert: its totals pass 2^16."""
+    ids_TLK = np.zeros((70_000, 1, 1), np.uint8)
+    placement = PLACEMENTS["contiguous"]().place(1, 2, 2, 2)
+    pool = RoutingPool(ids_TLK, np.arange(70_000), placement, 2, 2, np.zeros(2, np.int32))
+    for first, tokens in ((0, 65_535), (65_500, 100), (69_990, 20)):
+        counts = pool.count(np.array([0, first]), np.array([0, tokens]))
+        assert counts.load_LRS[0, 0, 0] == tokens and counts.traffic_CLR[0, 0, 1] == tokens
+
+
+def test_windows_outside_the_pool_are_refused():
+    ids_TLK = np.zeros((10, 1, 1), np.uint8)
+    placement = PLACEMENTS["contiguous"]().place(1, 2, 2, 2)
+    pool = RoutingPool(ids_TLK, np.arange(10), placement, 2, 2, np.zeros(2, np.int32))
+    for first, tokens in ((10, 1), (-1, 1), (0, 11), (0, -1)):
+        with pytest.raises(ValueError, match=r"windows must start in 0\.\.9 and hold at most 10 tokens"):
+            pool.count(np.array([0, first]), np.array([0, tokens]))
 
 
 def test_a_placement_without_a_home_for_an_expert_is_refused():

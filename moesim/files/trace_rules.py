@@ -102,7 +102,8 @@ def token_mistakes(trace: RoutingTrace) -> list[str]:
         ("position", trace.position_T),
         ("token_id", trace.token_id_T),
     ):
-        found += first_bad(column, values_T < 0, L, partial(_negative, values_T))
+        if values_T is not None:
+            found += first_bad(column, values_T < 0, L, partial(_negative, values_T))
     same_T = np.diff(trace.request_T) == 0
     key_T = (trace.request_T.astype(np.int64) << 32) + trace.position_T
     found += first_bad(

@@ -24,8 +24,8 @@ _SCALARS = {
     "request": (pa.int32(), "int32"),
     "position": (pa.int32(), "int32"),
     "phase": (pa.dictionary(pa.int8(), pa.string()), "dictionary of strings"),
-    "token_id": (pa.int32(), "int32"),
     "layer": (pa.int16(), "int16"),
+    "token_id": (pa.int32(), "int32"),  # optional
 }
 _IDS, _FLOATS = (pa.uint8(), pa.uint16()), (pa.float16(),)
 PREDICTED = {predicted_column(horizon): horizon for horizon in range(1, MAX_HORIZON + 1)}
@@ -52,7 +52,7 @@ def to_table(trace: RoutingTrace) -> pa.Table:
         "request": pa.array(np.repeat(trace.request_T, L)),
         "position": pa.array(np.repeat(trace.position_T, L)),
         "phase": phases,
-        "token_id": pa.array(np.repeat(trace.token_id_T, L)),
+        **({} if trace.token_id_T is None else {"token_id": pa.array(np.repeat(trace.token_id_T, L))}),
         "layer": pa.array(np.tile(np.asarray(trace.layers, dtype=np.int16), T)),
         "expert_ids": _lists(trace.expert_ids_TLK),
     }
@@ -95,6 +95,8 @@ def column_mistakes(table: pa.Table) -> list[str]:
     """Columns that lack, have another type, or hold nulls."""
     found = []
     for name, (kind, said) in _SCALARS.items():
+        if name not in table.column_names and name == "token_id":
+            continue
         if name not in table.column_names:
             found.append(f"column {name} lacks; the file has {', '.join(table.column_names)}")
         elif table.schema.field(name).type != kind:
@@ -158,7 +160,10 @@ def layer_mistakes(table: pa.Table, num_layers: int) -> list[str]:
     there.
     """
     found = []
-    for name, values in (("phase", _phase_index(table)), ("token_id", table["token_id"].to_numpy())):
+    facts = {"phase": _phase_index(table)}
+    if "token_id" in table.column_names:
+        facts["token_id"] = table["token_id"].to_numpy()
+    for name, values in facts.items():
         rows = values.reshape(-1, num_layers)
         differs = (rows != rows[:, :1]).ravel()
         if differs.any():
@@ -213,7 +218,7 @@ def to_trace(table: pa.Table, header: dict[str, Any], layers: tuple[int, ...]) -
         request_T=table["request"].to_numpy()[::L],
         position_T=table["position"].to_numpy()[::L],
         is_decode_T=_phase_index(table)[::L] == 1,
-        token_id_T=table["token_id"].to_numpy()[::L],
+        token_id_T=table["token_id"].to_numpy()[::L] if "token_id" in table.column_names else None,
         layers=layers,
         weights_TLK=lists("weights", L) if "weights" in table.column_names else None,
         predicted_HTLW=tuple(

@@ -103,6 +103,7 @@ class TraceWriter:
             "weights column",
             "predicted_ids columns",
             "scores column",
+            "token_id column",
         )
         found = [
             f"{name}: every part must agree with the first, {first!r}; given {given!r}"
@@ -189,4 +190,5 @@ def _agreed(trace: RoutingTrace) -> tuple[object, ...]:
         trace.weights_TLK is not None,
         [(str(ids_TLW.dtype), ids_TLW.shape[2]) for ids_TLW in trace.predicted_HTLW],
         trace.scores_TLE is not None,
+        trace.token_id_T is not None,
     )

@@ -78,6 +78,29 @@ def _sum_traffic(sent_LRR, node_R, traffic_CLR):  # type: ignore[no-untyped-def]
                 traffic_CLR[3, layer, rank] += far
 
 
+@dataclass(frozen=True, eq=False)
+class SlotTables:
+    """Where the tokens of an expert go, for tokens that differ in a choice number c.
+
+    slot_LXE: int32 [L, X, E], the slot for an expert where c mod X is x; copies of an expert are taken in turn.
+    rank_P: int32 [P], the rank of each slot inside its expert-parallel group.
+    """
+
+    slot_LXE: Ints
+    rank_P: Ints
+
+    @classmethod
+    def of(cls, placement: Placement, num_experts: int) -> SlotTables:
+        """The tables of a placement."""
+        slots_LEX, num_replicas_LE = placement.replicas(num_experts)
+        # An expert with n copies takes copy c mod n: one table per value of c mod (least common multiple of all n).
+        choice_X = np.arange(np.lcm.reduce(np.unique(num_replicas_LE)))[None, :, None]
+        slot_LXE = np.take_along_axis(slots_LEX.swapaxes(1, 2), choice_X % num_replicas_LE[:, None, :], axis=1)
+        num_slots = placement.slot_expert_LP.shape[1]
+        rank_P = np.arange(num_slots) // (num_slots // placement.ep)
+        return cls(np.ascontiguousarray(slot_LXE.astype(np.int32)), rank_P.astype(np.int32))
+
+
 class Counter:
     """Counts iterations of one layout; holds what stays the same between them.
 
@@ -89,14 +112,9 @@ class Counter:
     """
 
     def __init__(self, placement: Placement, num_experts: int, num_ranks: int, node_R: Ints) -> None:
-        slots_LEX, num_replicas_LE = placement.replicas(num_experts)
-        # Token b takes copy b mod n of an expert with n copies: one table per value of b mod (least common multiple).
-        choice_X = np.arange(np.lcm.reduce(np.unique(num_replicas_LE)))[None, :, None]
-        slot_LXE = np.take_along_axis(slots_LEX.swapaxes(1, 2), choice_X % num_replicas_LE[:, None, :], axis=1)
-        self._slot_LXE = np.ascontiguousarray(slot_LXE.astype(np.int32))
+        self._tables = SlotTables.of(placement, num_experts)
         self.num_layers, num_slots = placement.slot_expert_LP.shape
         self._slots_per_rank = num_slots // placement.ep
-        self._rank_P = (np.arange(num_slots) // self._slots_per_rank).astype(np.int32)
         self._base_R = (np.arange(num_ranks) // placement.ep * placement.ep).astype(np.int32)
         self._node_R = node_R
         self.num_ranks = num_ranks
@@ -116,8 +134,8 @@ class Counter:
         stamp_LR = np.full(shape, -1, np.int32)
         self._sent_LRR[:] = 0
         _count(
-            ids_TLK, rows_B, source_B, self._base_R, self._slot_LXE, self._rank_P, self._slots_per_rank, load_LP,
-            self._sent_LRR, stamp_LR,
+            ids_TLK, rows_B, source_B, self._base_R, self._tables.slot_LXE, self._tables.rank_P,
+            self._slots_per_rank, load_LP, self._sent_LRR, stamp_LR,
         )  # fmt: skip
         _sum_traffic(self._sent_LRR, self._node_R, traffic_CLR)
         return Counts(load_LP.reshape(*shape, self._slots_per_rank), traffic_CLR)

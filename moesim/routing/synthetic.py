@@ -47,7 +47,7 @@ def zipf_trace(
         request_T=np.repeat(np.arange(num_requests, dtype=np.int32), per_request),
         position_T=position_T,
         is_decode_T=position_T >= prompt_tokens,
-        token_id_T=np.zeros(num_tokens, np.int32),
+        token_id_T=None,
         layers=tuple(range(num_layers)),
         predicted_HTLW=(predicted,),
         provenance={"source": f"numpy default_rng, seed {seed}"},
