@@ -196,7 +196,7 @@ def fit_generator(
     trace: RoutingTrace,
     *,
     num_classes: int = 256,
-    num_near: int = 4,
+    num_near: int = 2,
     run_tokens: float = 64.0,
     crossover_rate: float = 0.5,
     seed: int = 0,
