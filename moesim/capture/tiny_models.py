@@ -52,7 +52,7 @@ _HYBRID = ["linear_attention", "full_attention"] * 2
 _SPARSE = ["dense", "sparse", "sparse", "sparse"]
 _FITTED: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": _SPARSE},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": _SPARSE}},
     "doge": {"is_moe": True, "num_experts": 16},
     "ernie4_5_vl_moe": {
@@ -74,6 +74,9 @@ _FITTED: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _HYBRID},
     "hy_v4_vl": {
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+    },
+    "inkling2_loop": {
+        "loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 2, "n_layers_per_attn_res_block": 1,
     },
     "kimi_linear": {"layer_types": _HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
