@@ -56,6 +56,10 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except problems as error:
         raise ValueError(f"{folder}: no tokenizer that transformers can load: {error}; save one there") from error
+    if not tokenizer.encode(
+        "some text", add_special_tokens=False
+    ):  # what some families give for a folder without tokenizer files
+        raise ValueError(f"{folder}: no tokenizer that transformers can load: it knows no word; save one there")
     try:
         model = auto.from_pretrained(folder, local_files_only=True, dtype="auto")
     except problems as error:
