@@ -153,9 +153,10 @@ def test_parts_are_dropped_unless_they_are_to_be_kept(folder, tmp_path):
 def test_signals(folder, tmp_path, number):
     """A real process: Ctrl-C and SIGTERM leave the batches that were done; SIGKILL leaves nothing to read."""
     out = tmp_path / "t.parquet"
+    model_dir = str(folder("olmoe"))
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "moesim", "capture", str(folder("olmoe")), "--text", str(folder("olmoe") / "text.txt"),
+            sys.executable, "-m", "moesim", "capture", model_dir, "--text", f"{model_dir}/text.txt",
             "-o", str(out), "--requests", "100", "--prompt-tokens", "4", "--output-tokens", "400", "--batch", "1",
         ],
         stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
