@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,14 @@ def moe_families() -> list[str]:
 
 
 def prove(family: str) -> Family:
-    """Build a tiny model of `family`, capture a padded batch of it, and tell how that went."""
+    """Build a tiny model of `family`, capture a padded batch of it, and tell how that went; libraries are silenced."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _prove(family)
+
+
+def _prove(family: str) -> Family:
     try:
         model = tiny_model(family)
     except Exception as error:  # whatever the family's own code raises is the reason

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,17 +164,12 @@ def _list_families(as_json: bool) -> None:
     """A tiny model of every family, built and captured."""
     from dataclasses import asdict
 
-    import transformers
     from rich.console import Console
     from rich.progress import track
 
     from moesim.capture.families import moe_families, prove
 
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        names = moe_families()
-        proved = [prove(name) for name in track(names, "families", console=Console(stderr=True))]
+    proved = [prove(name) for name in track(moe_families(), "families", console=Console(stderr=True))]
     print_rows([asdict(family) for family in proved], as_json)
     if not as_json:
         click.echo(f"\n{sum(family.captured for family in proved)} of {len(proved)} families can be captured")
