@@ -129,7 +129,7 @@ class Tally:
             step_s=tuple(decode),
             records=tuple(self._records),
             warnings=tuple(
-                [f"the routing is {s.trace.origin}, not that of a trained model"] * (s.trace.origin != "trained")
+                s.routing_warnings()
                 + it.replay.repeats(num_requests, w.prompt_tokens, w.output_tokens)
             ),
         )
