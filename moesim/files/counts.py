@@ -50,7 +50,7 @@ def write_counts(trace: CountTrace, path: str | os.PathLike[str]) -> None:
         "provenance": dict(trace.provenance),
     }
     raise_all(str(path), header_mistakes(header) + trace.mistakes())
-    grid = _grid(*trace.counts_WLE.shape, trace.layers)
+    grid = _grid(trace.counts_WLE.size, trace.layers, trace.num_experts)
     arrays = [pa.array(values, _COLUMNS[name]) for name, values in (*grid.items(), ("count", trace.counts_WLE.ravel()))]
     schema = pa.schema(list(_COLUMNS.items()), {METADATA_KEY: json.dumps(header, sort_keys=True).encode()})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -65,12 +65,13 @@ def write_counts(trace: CountTrace, path: str | os.PathLike[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _grid(num_windows: int, num_layers: int, num_experts: int, layers: tuple[int, ...]) -> dict[str, NDArray[Any]]:
-    """The columns that every count trace of a shape has alike."""
+def _grid(num_rows: int, layers: tuple[int, ...], num_experts: int) -> dict[str, NDArray[Any]]:
+    """The columns that every count trace of a shape has alike, its first `num_rows` rows."""
+    row = np.arange(num_rows)
     return {
-        "window": np.repeat(np.arange(num_windows), num_layers * num_experts),
-        "layer": np.tile(np.repeat(layers, num_experts), num_windows),
-        "expert": np.tile(np.arange(num_experts), num_windows * num_layers),
+        "window": row // (len(layers) * num_experts),
+        "layer": np.asarray(layers)[row // num_experts % len(layers)],
+        "expert": row % num_experts,
     }
 
 
@@ -96,13 +97,12 @@ def read_counts(path: str | os.PathLike[str]) -> CountTrace:
     columns = {name: table[name].to_numpy() for name in _COLUMNS}
     layers = tuple(np.unique(columns["layer"]).tolist())
     E = header["num_experts"]
-    W = -(-table.num_rows // (len(layers) * E))
-    raise_all(str(path), _row_mistakes(columns, _grid(W, len(layers), E, layers)))
+    raise_all(str(path), _row_mistakes(columns, layers, E))
     trace = CountTrace(
         header["name"],
         header["model"],
         header.get("top_k"),  # type: ignore[arg-type]  # the rules of the trace check it
-        columns["count"].reshape(W, len(layers), E),
+        columns["count"].reshape(-1, len(layers), E),
         layers,
         header["provenance"],
     )
@@ -138,15 +138,15 @@ def _column_mistakes(table: pa.Table) -> list[str]:
     return found
 
 
-def _row_mistakes(columns: dict[str, NDArray[Any]], grid: dict[str, NDArray[Any]]) -> list[str]:
+def _row_mistakes(columns: dict[str, NDArray[Any]], layers: tuple[int, ...], num_experts: int) -> list[str]:
     """Every (window, layer, expert) must be there once, in order."""
-    rows, wanted = len(columns["count"]), len(grid["window"])
-    shared = min(rows, wanted)
-    wrong = np.any([columns[name][:shared] != grid[name][:shared] for name in grid], axis=0)
-    if rows == wanted and not wrong.any():
+    rows = len(columns["count"])
+    grid = _grid(rows + 1, layers, num_experts)
+    wrong = np.any([columns[name] != grid[name][:rows] for name in grid], axis=0)
+    if not wrong.any() and rows % (len(layers) * num_experts) == 0:
         return []
-    row = int(wrong.argmax()) if wrong.any() else shared
-    said = {name: columns[name][row].item() if row < rows else "no row" for name in grid}
+    row = int(wrong.argmax()) if wrong.any() else rows
+    said = {name: columns[name][row].item() for name in grid} if row < rows else "the end of the file"
     asked = {name: grid[name][row].item() for name in grid}
     return [
         f"row {row}: each window must have every layer and each layer every expert once, sorted by (window, layer, "

@@ -48,7 +48,7 @@ class CountTrace:
         if counts.ndim != 3 or counts.dtype != np.int64 or 0 in counts.shape:
             return [f"counts must be int64 [windows, layers, experts], none of them 0; given {counts.dtype} "
                     f"{list(counts.shape)}"]  # fmt: skip
-        W, L, E = counts.shape
+        _, L, E = counts.shape
         found = []
         if len(self.layers) != L or any(b <= a for a, b in zip((-1, *self.layers), self.layers, strict=False)):
             found.append(f"layer must name {L} layers, not negative and increasing; given {list(self.layers)}")
