@@ -40,6 +40,8 @@ def write_counts(trace: CountTrace, path: str | os.PathLike[str]) -> None:
         ValueError: the trace breaks a rule (all mistakes are listed), or the file cannot be written.
     """
     path = Path(path)
+    if path.suffix != ".parquet":
+        raise ValueError(f"{path}: counts are written as Parquet; give a name that ends with .parquet")
     header: dict[str, Any] = {
         "format": FORMAT,
         "name": trace.name,

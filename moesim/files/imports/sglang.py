@@ -131,8 +131,8 @@ def _token_trace(paths: Sequence[Path], dumps: Sequence[Mapping[str, Any]], fact
     for path, dump in zip(paths, dumps, strict=True):
         trace = _one_rank(path, dump, facts)
         for earlier, other in zip(paths, traces, strict=False):
-            same = (getattr(trace, column) for column in ("token_id_T", "position_T"))
-            if all(map(np.array_equal, same, (other.token_id_T, other.position_T))):
+            same_ids = np.array_equal(trace.expert_ids_TLK, other.expert_ids_TLK)
+            if same_ids and np.array_equal(trace.position_T, other.position_T):
                 raise ValueError(
                     f"{path}: holds the same tokens as {earlier.name}, as ranks of one tensor-parallel group do; "
                     "give one file of each group"
@@ -166,7 +166,8 @@ def _one_rank(path: Path, dump: Mapping[str, Any], facts: Facts) -> RoutingTrace
         t, i, _ = np.argwhere(ids_TLK < 0)[0]
         token = np.flatnonzero(routed_T)[t]
         raise ValueError(
-            f"{path}: every token must have {top_k} experts in every MoE layer; token {token} has {ids_TLK[t, i].tolist()} in layer {layers[i]}; record again, without two-batch overlap"
+            f"{path}: every token must have {top_k} experts in every MoE layer; token {token} has "
+            f"{ids_TLK[t, i].tolist()} in layer {layers[i]}; record again, without two-batch overlap"
         )
     if logical is not None:
         if ids_TLK.size and (len(logical) <= layers.max() or ids_TLK.max() >= logical.shape[1]):
