@@ -102,7 +102,7 @@ def _counted(paths: Sequence[Path], counts_WLE: Ints, facts: Facts, windows: str
 
 def _pass_counts(paths: Sequence[Path], dumps: Sequence[Mapping[str, Any]]) -> Ints:
     """Counts by forward pass and logical expert, summed over ranks, int64 [pass, layer, expert]."""
-    by_pass: dict[int, Ints] = {}
+    by_pass: dict[int, list[Ints]] = {}
     for path, dump in zip(paths, dumps, strict=True):
         logical = _logical_map(path, dump)
         for number, record in enumerate(dump["records"]):
@@ -111,19 +111,17 @@ def _pass_counts(paths: Sequence[Path], dumps: Sequence[Mapping[str, Any]]) -> I
             if count_LP.ndim != 2 or (logical is not None and count_LP.shape != logical.shape):
                 asked = "[layer, physical expert]" if logical is None else str(list(logical.shape))
                 raise ValueError(f"{path}: {what} must be {asked}; given {list(count_LP.shape)}")
-            if logical is None:
-                count_LE = count_LP
-            else:
+            count_LE = count_LP
+            if logical is not None:
                 count_LE = np.zeros((len(logical), int(logical.max()) + 1), np.int64)
                 np.add.at(count_LE, (np.arange(len(logical))[:, None], logical), count_LP)
-            step = int(record.get("forward_pass_id", number))
-            earlier = by_pass.get(step, np.zeros_like(count_LE))
-            if earlier.shape != count_LE.shape:
-                raise ValueError(f"{path}: {what} has {list(count_LE.shape)} experts, other passes {earlier.shape}")
-            by_pass[step] = earlier + count_LE
-    if len({count_LE.shape for count_LE in by_pass.values()}) > 1:
-        raise ValueError(f"{paths[0]}: the passes of the recordings differ in layers or experts; convert them apart")
-    return np.stack([by_pass[step] for step in sorted(by_pass)])
+            by_pass.setdefault(record.get("forward_pass_id", number), []).append(count_LE)
+    shapes = {count_LE.shape for counts in by_pass.values() for count_LE in counts}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{paths[0]}: every pass must have the same layers and experts; given {sorted(shapes)}; convert them apart"
+        )
+    return np.stack([np.sum(by_pass[step], axis=0) for step in sorted(by_pass)])
 
 
 def _token_trace(paths: Sequence[Path], dumps: Sequence[Mapping[str, Any]], facts: Facts) -> RoutingTrace:
@@ -143,20 +141,21 @@ def _token_trace(paths: Sequence[Path], dumps: Sequence[Mapping[str, Any]], fact
 
 def _one_rank(path: Path, dump: Mapping[str, Any], facts: Facts) -> RoutingTrace:
     """The tokens of one per_token recording."""
-    logical = _logical_map(path, dump)
+    logical, tokens = _logical_map(path, dump), requests_of(path, dump["records"])
     parts: list[Ints] = []
     for number, record in enumerate(dump["records"]):
+        if not record["positions"]:
+            continue
         ids_LTK = _ints(path, f"records[{number}].topk_ids_of_layer", record["topk_ids_of_layer"])
-        if ids_LTK.ndim != 3 or ids_LTK.shape[1] != len(record.get("positions", ())):
+        if ids_LTK.ndim != 3 or ids_LTK.shape[1] != len(record["positions"]):
             raise ValueError(
                 f"{path}: records[{number}].topk_ids_of_layer must be [layer, token, K] with a token for each of its "
-                f"{len(record.get('positions', ()))} positions; given {list(ids_LTK.shape)}"
+                f"{len(record['positions'])} positions; given {list(ids_LTK.shape)}"
             )
         parts.append(ids_LTK.transpose(1, 0, 2))
-    if len({part.shape[1:] for part in parts}) > 1:
-        raise ValueError(f"{path}: topk_ids_of_layer must have the same layers and K in every record")
+    if len({part.shape[1:] for part in parts}) != 1:
+        raise ValueError(f"{path}: topk_ids_of_layer must have the same layers and K in every record, and some tokens")
     ids_TLK = np.concatenate(parts)
-    tokens = requests_of(path, dump["records"])
     is_used_TLK = ids_TLK >= 0
     routed_T = is_used_TLK.any(axis=(1, 2))  # padding has none
     layers = np.flatnonzero(is_used_TLK.any(axis=(0, 2)))
