@@ -12,7 +12,9 @@ from moesim.routing.trace import RoutingTrace
 
 ORIGIN = "counts"
 REQUEST_TOKENS = 128
-_MOST_TOKENS, _LEAST_TOKENS = 65_536, 32
+_SWAPS = 4
+"""Times that each expert of a token is offered for another token's."""
+_MOST_TOKENS, _LEAST_TOKENS = 32_768, 32
 _MOST_COUNTS, _MOST_ASSIGNMENTS = 1 << 40, 1 << 22
 """Bounds within which the scaling is exact in int64: counts of one layer and window, and assignments made of them."""
 
@@ -86,14 +88,15 @@ class CountTrace:
         one layer tells of the next are left to chance. Loads are exact: shares are rounded by largest remainder, then
         every expert e is listed n_e times, in a random order of experts, and the list fills a [K, T] array row by
         row: as n_e <= T, no column holds an expert twice (the wrap-around rule of McNaughton, Management Science 6,
-        1959). Columns are tokens; they are shuffled in every layer, and the experts in every token.
+        1959). Columns are tokens, shuffled in every layer. Then tokens trade experts in random pairs, where both stay
+        distinct: the list alone would make few sets of experts (4 pairs of 8 even experts, where 28 can be).
 
         A window is cut into requests of 128 tokens (the last one may be shorter); the first half of a request is
         labelled prefill, the other decode, as counts do not tell.
 
         Args:
             num_tokens: T, tokens of every window. By default what the window had (its largest layer total over K,
-                rounded up), but at most 65,536 over the number of windows, or 32 where that is more.
+                rounded up), but at most 32,768 over the number of windows, or 32 where that is more.
             seed: of the shuffling.
 
         Raises:
@@ -149,8 +152,19 @@ def scaled(counts_LE: NDArray[np.int64], total: int) -> NDArray[np.int64]:
 def _assigned(load_E: NDArray[np.int64], num_tokens: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """K distinct experts for each token, [T, K], expert e in exactly load_E[e] <= T of them."""
     order_E = rng.permutation(len(load_E))
-    tokens_TK = np.repeat(order_E, load_E[order_E]).reshape(-1, num_tokens).T
-    return rng.permuted(tokens_TK[rng.permutation(num_tokens)], axis=1)
+    listed_KT = np.repeat(order_E, load_E[order_E]).reshape(-1, num_tokens)
+    ids_TK = listed_KT.T[rng.permutation(num_tokens)]
+    top_k, half = ids_TK.shape[1], num_tokens // 2
+    one, other = ids_TK[:half], ids_TK[half : 2 * half]
+    row = np.arange(half)
+    for _ in range(_SWAPS * top_k if half else 0):
+        partner = (row + rng.integers(half)) % half
+        i, j = rng.integers(top_k, size=(2, half))
+        mine, theirs = one[row, i], other[partner, j]
+        swap = (one != theirs[:, None]).all(axis=1) & (other[partner] != mine[:, None]).all(axis=1)
+        one[row[swap], i[swap]] = theirs[swap]
+        other[partner[swap], j[swap]] = mine[swap]
+    return rng.permuted(ids_TK, axis=1)
 
 
 def _request_lengths(num_tokens: int) -> list[int]:
