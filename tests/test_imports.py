@@ -387,18 +387,23 @@ def test_sglang_decode_of_equal_lengths_goes_by_batch_order(tmp_path):
     assert_routed_alike(import_routing([tmp_path / "s.json"]), shorter, weights=False)
 
 
-def test_sglang_per_pass_sums_ranks_and_maps_to_logical_experts(tmp_path):
-    dump = sglang_passes(source := made(LENGTHS, experts=6, top_k=2), GROUPS[:2])
-    other = sglang_passes(made(LENGTHS, experts=6, top_k=2, seed=9), GROUPS[:2])
-    for name, part in (("a", dump), ("b", other)):
-        for record in part["records"]:
-            del record["topk_ids_of_layer"]
-        (tmp_path / f"{name}.json").write_text(as_json(part))
+def test_sglang_per_pass_sums_replicas_and_ranks(tmp_path):
+    rng = np.random.default_rng(0)
+    logical = np.stack([rng.permutation([0, 1, 2, 3, 4, 5, 0, 3]) for _ in range(2)])
+    physical = rng.integers(20, 29, (2, 3, 2, 8))  # rank, pass, layer, physical expert
+    for rank in range(2):
+        records = [
+            {"forward_pass_id": step, "rank": rank, "global_physical_count": physical[rank, step]} for step in (2, 0, 1)
+        ]
+        (tmp_path / f"{rank}.json").write_text(as_json({"records": records, "last_physical_to_logical_map": logical}))
+    paths = [tmp_path / "0.json", tmp_path / "1.json"]
     with pytest.raises(ValueError, match="give --top-k K"):
-        import_routing([tmp_path / "a.json"])
-    with pytest.raises(ValueError, match="expert .* more than 1/2"):
-        import_routing([tmp_path / "a.json"], top_k=2)  # two of the experts stand in for each other in the map
-    del source
+        import_routing(paths)
+    got = import_routing(paths, top_k=2)
+    wanted = np.zeros((3, 2, 6), int)
+    for rank, step, layer, expert in np.ndindex(physical.shape):
+        wanted[step, layer, logical[layer, expert]] += physical[rank, step, layer, expert]
+    np.testing.assert_array_equal(got.counts_WLE, wanted)
 
 
 def test_sglang_counts_by_logical_expert(tmp_path):
@@ -604,7 +609,7 @@ def test_a_trace_of_our_own_is_a_source_too(tmp_path):
 
 def test_what_no_reader_knows(tmp_path):
     (tmp_path / "a.csv").write_text("colour,shape\nred,round\n")
-    with pytest.raises(ValueError, match="no known format .*colour, shape.*say which with --format") as error:
+    with pytest.raises(ValueError, match=r"no known format .*colour, shape.*say which with --format") as error:
         import_routing([tmp_path / "a.csv"])
     for name, reader in FORMATS.items():
         assert f"{name}: {reader.summary}" in str(error.value) and len(reader.summary) > 20
@@ -684,7 +689,7 @@ def test_real_training_loads():
     (path,) = real("routing_smartmoe_training", "expert_load.npz")
     counts = import_routing([path], top_k=2)
     assert counts.counts_WLE.sum() == 101 * 24 * 16 * 4 * 4096
-    with pytest.raises(ValueError, match="more than 1/3.*top_k of at most 2"):
+    with pytest.raises(ValueError, match=r"more than 1/3.*top_k of at most 2"):
         import_routing([path], top_k=3)
     trace = counts.to_routing(64)
     assert trace.num_tokens == 101 * 64 and trace_mistakes(trace) == []

@@ -43,7 +43,7 @@ def convert_command(
 ) -> None:  # fmt: skip
     """Convert SOURCES, files of one format, to a trace; expert counts to a count trace.
 
-    Formats: moesim, npz, sglang, vllm, rows (csv, jsonl), eplb, smartmoe, counts-csv; traces/README.md says their
+    Formats: moesim, npz, sglang, vllm, rows (csv, jsonl), eplb, smartmoe, counts; traces/README.md says their
     layouts.
     """
     from moesim.files.counts import write_counts

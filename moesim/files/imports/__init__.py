@@ -81,7 +81,7 @@ FORMATS: dict[str, Format] = {
     "smartmoe": Format(
         read_smartmoe, lambda suffix, names: suffix == ".npz" and {"load", "iteration"} <= names, _COUNTS
     ),
-    "counts-csv": Format(
+    "counts": Format(
         read_counts_csv, lambda suffix, names: suffix == ".csv" and {"expert", "count"} <= names, (*_COUNTS, "select")
     ),
 }

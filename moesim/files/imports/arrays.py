@@ -43,12 +43,9 @@ def array_names(path: Path) -> list[str]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            yield {"": loaded}
-        else:
-            with loaded:
-                yield loaded
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            yield {"": loaded} if isinstance(loaded, np.ndarray) else loaded
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a whole NumPy file of numbers ({error}); write it again") from error
 

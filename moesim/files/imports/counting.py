@@ -110,6 +110,8 @@ def read_smartmoe(paths: Sequence[Path], facts: Facts) -> CountTrace:
     """
     path = one_file(paths)
     arrays = read_arrays(path)
+    if not {"load", "iteration"} <= arrays.keys():
+        raise ValueError(f"{path}: needs the arrays load and iteration; it has {', '.join(arrays) or 'none'}")
     load, iteration = arrays["load"], arrays["iteration"]
     if load.ndim != 5 or load.dtype.kind not in "iu" or iteration.shape != load.shape[:1]:
         raise ValueError(

@@ -85,7 +85,7 @@ class _Walk:
 
     def step(self, positions: Sequence[int], lengths: Sequence[int], mode: int) -> list[tuple[int, bool]]:
         """The request of each piece of a pass, and whether the piece is decode."""
-        self._num_decode_passes += mode == DECODE
+        self._num_decode_passes += mode in (DECODE, MIXED)
         pieces, moved, start = [], [], 0
         for length in lengths:
             if not length:

@@ -111,6 +111,8 @@ def _name_mistakes(names: Sequence[str]) -> list[str]:
 def _cell(name: str, text: str) -> Any:
     """The value that a cell of a .csv stands for; the text itself where it stands for none, which is then blamed."""
     kind = float if name == "weights" else int
+    if "_" in text:  # which Python's numbers may hold
+        return text
     try:
         if name in ("experts", "weights"):
             return [kind(part) for part in text.split()]

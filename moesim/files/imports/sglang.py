@@ -115,7 +115,8 @@ def _pass_counts(paths: Sequence[Path], dumps: Sequence[Mapping[str, Any]]) -> I
             if logical is not None:
                 count_LE = np.zeros((len(logical), int(logical.max()) + 1), np.int64)
                 np.add.at(count_LE, (np.arange(len(logical))[:, None], logical), count_LP)
-            by_pass.setdefault(record.get("forward_pass_id", number), []).append(count_LE)
+            step = record.get("forward_pass_id")
+            by_pass.setdefault(step if isinstance(step, int) else number, []).append(count_LE)
     shapes = {count_LE.shape for counts in by_pass.values() for count_LE in counts}
     if len(shapes) > 1:
         raise ValueError(
