@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from moesim.files.imports.arrays import read_arrays
 from moesim.files.imports.facts import Facts
 from moesim.files.imports.text import raise_first, read_json, read_text
+from moesim.files.imports.tokens import MAX_LAYER
 from moesim.files.tables import raise_all
+from moesim.files.trace_rules import MAX_EXPERTS
 from moesim.routing.counts import CountTrace
 
 _NAMES = ("weight", "counts", "load", "")
@@ -176,6 +178,11 @@ def _from_lines(
             continue
         *window, layer, expert, count = (int(row[key]) for key in keys)
         cell = (window[0] if window else 0, layer, expert)
+        if layer > MAX_LAYER or expert >= MAX_EXPERTS or max(count, *window, 0) >= 2**62:
+            mistakes.append(
+                f"line {line}: layer must be at most {MAX_LAYER} and expert at most {MAX_EXPERTS - 1}, window and count "
+                f"below 2^62; given {', '.join(f'{key} {row[key]}' for key in keys)}"
+            )
         if cell in cells:
             mistakes.append(f"line {line}: (window, layer, expert) {cell} is given a second time; keep one line")
         cells[cell] = count

@@ -16,6 +16,7 @@ from moesim.files.imports.passes import requests_of
 from moesim.files.imports.text import read_json
 from moesim.files.imports.tokens import concatenated, routing_trace
 from moesim.files.imports.torch_zip import read_torch
+from moesim.files.trace_rules import MAX_EXPERTS
 from moesim.routing.counts import CountTrace
 from moesim.routing.trace import RoutingTrace
 
@@ -77,7 +78,9 @@ def _ints(path: Path, what: str, values: Any) -> Ints:
         array = np.asarray(values)
     except ValueError:  # rows of different lengths
         array = np.empty(0, object)
-    if array.dtype.kind not in "iu" and array.size:
+    if not array.size:
+        return np.zeros(array.shape, np.int64)
+    if array.dtype.kind not in "iu":
         raise ValueError(f"{path}: {what} must be an array of whole numbers; given {array.dtype} {list(array.shape)}")
     return array.astype(np.int64)
 
@@ -88,8 +91,10 @@ def _logical_map(path: Path, dump: Mapping[str, Any]) -> Ints | None:
     if given is None:
         return None
     logical = _ints(path, "last_physical_to_logical_map", given)
-    if logical.ndim != 2 or not logical.size or logical.min() < 0:
-        raise ValueError(f"{path}: last_physical_to_logical_map must be [layer, physical expert], not negative")
+    if logical.ndim != 2 or not logical.size or not 0 <= logical.min() <= logical.max() < MAX_EXPERTS:
+        raise ValueError(
+            f"{path}: last_physical_to_logical_map must be [layer, physical expert] of ids from 0 to {MAX_EXPERTS - 1}"
+        )
     return logical
 
 

@@ -15,6 +15,7 @@ from moesim.files.tables import raise_all
 from moesim.files.trace_rules import MAX_EXPERTS, trace_mistakes
 from moesim.routing.trace import RoutingTrace, joined
 
+MAX_LAYER = int(np.iinfo(np.int16).max)
 _INT32_MAX = int(np.iinfo(np.int32).max)
 
 
@@ -52,7 +53,10 @@ def routing_trace(
     if num_experts is None:
         top = f"; its highest id is {ids_TLK.max()}" if ids_TLK.size else ""
         raise ValueError(f"{path}: does not say how many experts a layer has; give --num-experts E{top}")
-    raise_all(str(path), _range_mistakes(ids_TLK, num_experts, request_T, position_T, token_id_T))
+    mistakes = _range_mistakes(ids_TLK, num_experts, request_T, position_T, token_id_T)
+    if max(layers, default=0) > MAX_LAYER:
+        mistakes.append(f"layer must be from 0 to {MAX_LAYER}; given {max(layers)}")
+    raise_all(str(path), mistakes)
     order = np.lexsort((position_T, request_T))
     request_T, position_T = request_T[order].astype(np.int32), position_T[order].astype(np.int32)
     ids_TLK = ids_TLK[order].astype(np.uint8 if num_experts <= 256 else np.uint16)
