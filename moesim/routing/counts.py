@@ -60,7 +60,10 @@ class CountTrace:
         for bad, rule in (
             ((counts < 0).any(axis=2), "a count must not be negative"),
             (total_WL == 0, "every layer needs at least one count in every window; drop the empty ones"),
-            (total_WL > _MOST_COUNTS, f"a layer's counts of one window must stay below {_MOST_COUNTS}; scale them"),
+            (
+                (total_WL > _MOST_COUNTS) | (counts > _MOST_COUNTS).any(axis=2),
+                f"a layer's counts of one window must stay below {_MOST_COUNTS}; scale them",
+            ),
         ):
             if bad.any():
                 w, i = np.unravel_index(int(bad.argmax()), bad.shape)

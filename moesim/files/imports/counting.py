@@ -180,8 +180,8 @@ def _from_lines(
         cell = (window[0] if window else 0, layer, expert)
         if layer > MAX_LAYER or expert >= MAX_EXPERTS or max(count, *window, 0) >= 2**62:
             mistakes.append(
-                f"line {line}: layer must be at most {MAX_LAYER} and expert at most {MAX_EXPERTS - 1}, window and count "
-                f"below 2^62; given {', '.join(f'{key} {row[key]}' for key in keys)}"
+                f"line {line}: layer must be at most {MAX_LAYER}, expert at most {MAX_EXPERTS - 1}, window and count below "
+                f"2^62; given {', '.join(f'{key} {row[key]}' for key in keys)}"
             )
         if cell in cells:
             mistakes.append(f"line {line}: (window, layer, expert) {cell} is given a second time; keep one line")
