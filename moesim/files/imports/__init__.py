@@ -20,7 +20,7 @@ from moesim.files.imports.counting import one_file, read_counts_csv, read_eplb, 
 from moesim.files.imports.facts import PHASES, Facts
 from moesim.files.imports.rows import read_rows
 from moesim.files.imports.sglang import read_sglang
-from moesim.files.imports.text import read_json, read_text
+from moesim.files.imports.text import first_line, read_json
 from moesim.files.imports.tokens import concatenated
 from moesim.files.imports.vllm import read_vllm
 from moesim.files.keys import nearest
@@ -169,17 +169,16 @@ def _names(path: Path) -> frozenset[str]:
         names = array_names(path)
         return frozenset(names if len(names) > 1 or "logical_count" in names else ["numbers"])
     if suffix == ".csv":
-        cells = [cell.strip() for cell in next(csv.reader(read_text(path).splitlines()[:1]), [])]
+        cells = [cell.strip() for cell in next(csv.reader([first_line(path)]), [])]
         return frozenset(cells) if not all(_is_number(cell) for cell in cells) else frozenset(["numbers"])
     if suffix not in (".json", ".jsonl"):
         return frozenset()
     if suffix == ".json":
         value = read_json(path)
     else:
-        first = next((line for line in read_text(path).split("\n") if line.strip()), "")
         try:
-            value = json.loads(first)
-        except ValueError:
+            value = json.loads(first_line(path) or "null")
+        except json.JSONDecodeError:
             value = None
     while isinstance(value, list) and value:
         value = value[0]

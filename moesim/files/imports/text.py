@@ -24,6 +24,19 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: cannot be read as text in UTF-8 ({error})") from error
 
 
+def first_line(path: Path) -> str:
+    """The first line of a text file that is not blank; "" where there is none.
+
+    Raises:
+        ValueError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return next((line for line in file if line.strip()), "")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text in UTF-8 ({error})") from error
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
