@@ -16,7 +16,7 @@ from moesim.cli import cli
 from moesim.files.imports import FORMATS, import_routing
 from moesim.files.scenarios import load_trace
 from moesim.files.trace_rules import trace_mistakes
-from moesim.files.traces import read_trace, write_trace
+from moesim.files.traces import write_trace
 from moesim.routing.counts import CountTrace
 from moesim.routing.trace import RoutingTrace
 
@@ -581,6 +581,7 @@ def test_lines_of_counts_are_selected(tmp_path):
         (("", ""), {"whihc": "a"}, "--select whihc=a: no such column to select by; one of which"),
         (("a,7,2,14", "a,7,1,14"), {"which": "a"}, r"line 8: \(window, layer, expert\) \(0, 7, 1\) is given a second"),
         (("a,7,2,14", "a,7,2,-4"), {"which": "a"}, "line 8: must hold whole numbers.*given count '-4'"),
+        (("a,7,2,14", "a,7,70000,14"), {"which": "a"}, "line 8: layer must be at most 32767, expert at most 65535"),
         (("a,7,2,14", "a,7,2"), {"which": "a"}, "line 8: .*given count None"),
     ],
 )
@@ -712,9 +713,3 @@ def test_real_counts_of_texts():
     # First choices alone break the rule of top k: one expert has more than 1/8 of them.
     with pytest.raises(ValueError, match="or counts of all of a token's experts"):
         import_routing([path], top_k=8, select={"model": "olmoe-1b-7b-0924", "domain": "github", "which": "top1"})
-
-
-def test_readers_write_what_traces_read(tmp_path):
-    write_npz(tmp_path / "a.npz", made(((2, 0),)))
-    converted(tmp_path, tmp_path / "a.npz")
-    assert read_trace(tmp_path / "out.parquet").num_tokens == 2

@@ -178,7 +178,7 @@ def _names(path: Path) -> frozenset[str]:
     else:
         try:
             value = json.loads(first_line(path) or "null")
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             value = None
     while isinstance(value, list) and value:
         value = value[0]

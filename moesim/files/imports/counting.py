@@ -73,7 +73,7 @@ def read_eplb(paths: Sequence[Path], facts: Facts) -> CountTrace:
     without a header, one line a layer. The MoE layers are numbered from 0.
     """
     path = one_file(paths)
-    if path.suffix in (".npy", ".npz"):
+    if path.suffix.lower() in (".npy", ".npz"):
         arrays = read_arrays(path)
         names = list(arrays) if len(arrays) == 1 else [name for name in _NAMES if name in arrays]
         if len(names) != 1:
@@ -97,10 +97,12 @@ def read_eplb(paths: Sequence[Path], facts: Facts) -> CountTrace:
 
 def _nested(path: Path) -> NDArray[Any]:
     values = (
-        [row for row in csv.reader(read_text(path).splitlines()) if row] if path.suffix == ".csv" else read_json(path)
+        [row for row in csv.reader(read_text(path).splitlines()) if row]
+        if path.suffix.lower() == ".csv"
+        else read_json(path)
     )
     try:
-        return np.array(values, dtype=np.float64 if path.suffix == ".csv" else None)
+        return np.array(values, dtype=np.float64 if path.suffix.lower() == ".csv" else None)
     except ValueError as error:
         raise ValueError(f"{path}: must hold rows of numbers of one length, a row for each layer ({error})") from error
 
@@ -180,8 +182,8 @@ def _from_lines(
         cell = (window[0] if window else 0, layer, expert)
         if layer > MAX_LAYER or expert >= MAX_EXPERTS or max(count, *window, 0) >= 2**62:
             mistakes.append(
-                f"line {line}: layer must be at most {MAX_LAYER}, expert at most {MAX_EXPERTS - 1}, window and count below "
-                f"2^62; given {', '.join(f'{key} {row[key]}' for key in keys)}"
+                f"line {line}: layer must be at most {MAX_LAYER}, expert at most {MAX_EXPERTS - 1}, window and count "
+                f"below 2^62; given {', '.join(f'{key} {row[key]}' for key in keys)}"
             )
         if cell in cells:
             mistakes.append(f"line {line}: (window, layer, expert) {cell} is given a second time; keep one line")

@@ -73,7 +73,7 @@ def _read(path: Path, facts: Facts) -> RoutingTrace:
 def _lines(path: Path, mistakes: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Line number and columns of each row; what is no row becomes a mistake."""
     text = read_text(path)
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
         header = [name.strip() for name in reader.fieldnames or ()]
         reader.fieldnames = header

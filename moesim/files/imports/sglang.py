@@ -50,9 +50,9 @@ def read_sglang(paths: Sequence[Path], facts: Facts) -> RoutingTrace | CountTrac
 
 
 def _dump(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return read_arrays(path)
-    dump = read_json(path) if path.suffix == ".json" else read_torch(path)
+    dump = read_json(path) if path.suffix.lower() == ".json" else read_torch(path)
     if not isinstance(dump, Mapping):
         raise ValueError(f"{path}: must hold a dict with logical_count or records; given a {type(dump).__name__}")
     return dump

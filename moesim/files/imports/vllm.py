@@ -100,7 +100,7 @@ def _answers(path: Path, mistakes: list[str]) -> Iterator[tuple[str, Any, Any, A
 
 
 def _requests(path: Path, mistakes: list[str]) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         for line, part in enumerate(read_text(path).split("\n"), start=1):
             try:
                 if part.strip():
