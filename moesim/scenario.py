@@ -59,6 +59,17 @@ class Scenario:
             device_expert_fraction=self.policies.device_expert_fraction,
         ) | {"capacity": self.cluster.device.memory.capacity_bytes}
 
+    def routing_warnings(self) -> list[str]:
+        """What the reader of a result should know about where its routing comes from."""
+        if self.trace.origin == "trained":
+            return []
+        if self.trace.origin == "counts":
+            return [
+                "the routing is made from expert counts: the loads of the experts are the source's; which experts a "
+                "token has together, and what follows what, is chance"
+            ]
+        return [f"the routing is {self.trace.origin}, not that of a trained model"]
+
     def mistakes(self) -> list[str]:
         """Every rule that the parts break together, one sentence each; an empty list for a sound scenario."""
         found = self.layout.mistakes(self.model, self.cluster.num_ranks) + self.workload.mistakes()

@@ -128,10 +128,7 @@ class Tally:
             load_LR=() if self._load_LR is None else tuple(tuple(map(int, row)) for row in self._load_LR),
             step_s=tuple(decode),
             records=tuple(self._records),
-            warnings=tuple(
-                [f"the routing is {s.trace.origin}, not that of a trained model"] * (s.trace.origin != "trained")
-                + it.replay.repeats(num_requests, w.prompt_tokens, w.output_tokens)
-            ),
+            warnings=tuple(s.routing_warnings() + it.replay.repeats(num_requests, w.prompt_tokens, w.output_tokens)),
         )
 
 

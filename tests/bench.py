@@ -18,9 +18,12 @@ import numpy as np
 
 from moesim.files.hardware import load_cluster
 from moesim.files.models import load_model
+from moesim.files.scenarios import load_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.policies.placement import Contiguous
 from moesim.routing.counting import Counter
+from moesim.routing.generator import Shape, fit_generator
+from moesim.routing.pool import RoutingPool
 from moesim.routing.synthetic import zipf_trace
 from moesim.scenario import Scenario
 from moesim.simulate import simulate
@@ -41,6 +44,38 @@ def seconds(work) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def pool_and_sampling(trace) -> dict[str, tuple[float, str]]:
+    """Steps counted from a prefix-summed pool, beside counting the same tokens one by one, and sampling of traces."""
+    ep, windows = 32, 64
+    rng = np.random.default_rng(0)
+    node_R = (np.arange(ep) // 8).astype(np.int32)
+    placement = Contiguous().place(58, 256, 288, ep)
+    rows_T = rng.permutation(trace.num_tokens)[:4096]
+    pool = RoutingPool(trace.expert_ids_TLK, rows_T, placement, 256, ep, node_R)
+    counter = Counter(placement, 256, ep, node_R)
+    first_NR, tokens_R = rng.integers(0, 4096, (windows, ep)), np.full(ep, TOKENS)
+    source_B = np.repeat(np.arange(ep, dtype=np.int32), TOKENS)
+    rows_NB = rows_T[(first_NR[:, :, None] + np.arange(TOKENS)) % 4096].reshape(windows, -1)
+    pool_s, count_s = [], []
+    for first_R, rows_B in zip(first_NR, rows_NB, strict=True):
+        pool_s.append(seconds(lambda first_R=first_R: pool.count(first_R, tokens_R)))
+        count_s.append(seconds(lambda rows_B=rows_B: counter.count(trace.expert_ids_TLK, rows_B, source_B)))
+    figures = {
+        "pool_steps_per_s_ep32": (1 / statistics.median(pool_s), "steps/s"),
+        "counted_steps_per_s_ep32": (1 / statistics.median(count_s), "steps/s"),
+    }
+    generator = fit_generator(load_trace("olmoe-shape-16x64"))
+    for name, shape in (("", None), ("_58x256", Shape(58, 256, 8))):
+        rates = []
+        for seed in range(ROUNDS):
+            start, made = time.perf_counter(), 0
+            for part in generator.sample(200, shape=shape, seed=seed):
+                made += part.num_tokens * part.num_layers
+            rates.append(made / (time.perf_counter() - start))
+        figures[f"sampled_token_layers_per_s{name}"] = (statistics.median(rates), "token-layers/s")
+    return figures
 
 
 def main() -> None:
@@ -64,6 +99,7 @@ def main() -> None:
     source_B = (np.arange(RANKS * TOKENS) % RANKS).astype(np.int32)
     times = [seconds(lambda: counter.count(trace.expert_ids_TLK, rows_B, source_B)) for _ in range(20)]
     figures["count_step_ep144_ms"] = (1e3 * statistics.median(times), "ms")
+    figures.update(pool_and_sampling(trace))
     figures["bench_peak_memory_gb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "GB")
 
     python = [sys.executable, "-c"]

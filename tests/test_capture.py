@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from moesim.capture.capture import capture  # noqa: E402
-from moesim.capture.hooks import RoutingRecorder, moe_layers  # noqa: E402
+from moesim.capture.capture import Watch, capture  # noqa: E402
+from moesim.capture.hooks import RoutingRecorder  # noqa: E402
 from moesim.capture.prompts import cut_prompts, read_texts  # noqa: E402
 from moesim.cli.capture import capture_command  # noqa: E402
 from moesim.files.traces import read_trace  # noqa: E402
@@ -101,7 +101,17 @@ def captured(request, tmp_path_factory):
     tiny_model(request.param).save_pretrained(folder)
     save_tokenizer(folder)
     out = folder / "trace.parquet"
-    capture(folder, [TEXT], out, num_requests=3, prompt_tokens=(5, 12), output_tokens=4, batch_size=2, origin="random")
+    capture(
+        folder,
+        [TEXT],
+        out,
+        num_requests=3,
+        prompt_tokens=(5, 12),
+        output_tokens=4,
+        batch_size=2,
+        origin="random",
+        watch=Watch(predict_width=4, scores=True),
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     return request.param, folder, read_trace(out), model
 
@@ -131,18 +141,23 @@ def test_ids_weights_and_predictions_are_the_models_own(captured):
     for request in range(3):
         rows = trace.request_T == request
         seen = route_alone(model, trace.token_id_T[rows])
-        for layer, (hidden, (_logits, weights, ids)) in enumerate(seen):
+        for layer, (hidden, (logits, weights, ids)) in enumerate(seen):
             order = weights.float().argsort(dim=-1, descending=True, stable=True)
             np.testing.assert_array_equal(trace.expert_ids_TLK[rows, layer], ids.gather(1, order).numpy())
             np.testing.assert_allclose(
                 trace.weights_TLK[rows, layer], weights.float().gather(1, order).numpy(), rtol=2e-3, atol=1e-4
             )
-            if layer + 1 < len(seen):
+            np.testing.assert_allclose(trace.scores_TLE[rows, layer], logits.numpy(), rtol=2e-3, atol=1e-4)
+            for horizon in range(1, len(seen) - layer):
                 with torch.no_grad():
-                    _logits, _weights, predicted = routers[layer + 1](hidden)
-                assert (
-                    np.sort(trace.predicted_HTLW[0][rows, layer], axis=1) == np.sort(predicted.numpy(), axis=1)
-                ).all()
+                    scores, weights, chosen = routers[layer + horizon](hidden)
+                order = weights.float().argsort(dim=-1, descending=True, stable=True)
+                chosen = chosen.gather(1, order)
+                others = scores.scatter(1, chosen, -torch.inf).argsort(dim=1, descending=True)[:, :2]
+                np.testing.assert_array_equal(
+                    trace.predicted_HTLW[horizon - 1][rows, layer], torch.cat([chosen, others], 1).numpy()
+                )
+        assert len(trace.predicted_HTLW) == len(seen) - 1
 
 
 def test_positions_phases_and_layers(captured):
@@ -218,32 +233,8 @@ def test_a_dense_model_is_refused():
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    with pytest.raises(ValueError, match=r"family 'llama' \(LlamaForCausalLM\).*use a family"):
-        moe_layers(transformers.LlamaForCausalLM(config))
-
-
-def test_a_family_with_other_experts_is_refused():
-    config = transformers.Llama4TextConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=16,
-        intermediate_size_mlp=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=1,
-        interleave_moe_layer_step=1,
-        pad_token_id=0,
-    )
-    model = transformers.Llama4ForCausalLM(config).eval()
-    with (
-        torch.no_grad(),
-        RoutingRecorder(model),
-        pytest.raises(ValueError, match=r"family 'llama4_text'.*not given \(hidden, ids"),
-    ):
-        model(input_ids=torch.ones(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"family 'llama' \(LlamaForCausalLM\).*no MoE layer.*--families"):
+        RoutingRecorder(transformers.LlamaForCausalLM(config))
 
 
 def test_hooks_leave_the_model_as_it_was():

@@ -1,15 +1,13 @@
 """Capture: run a Hugging Face MoE model over real prompts, let it write on, and keep what its routers chose.
 
-A batch of requests is prefilled once (padded on the left; pads are routed too, and dropped), then decodes one
-token a step. Each batch is written to the trace file before the next begins, so memory is bounded by one
-batch.
+Each batch is written to the trace file before the next begins, so memory is bounded by one batch, and a capture that
+is interrupted leaves a trace of the batches that were done.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,16 +19,49 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moesim.capture.hooks import Routing, RoutingRecorder
+from moesim.capture.hooks import RoutingRecorder, UnsupportedFamilyError
+from moesim.capture.loading import load
+from moesim.capture.passes import Batch, check_stack, run_batch, writes
 from moesim.capture.prompts import cut_prompts, read_texts
+from moesim.files.trace_rules import MAX_HORIZON
 from moesim.files.traces import TraceWriter
 from moesim.routing.trace import RoutingTrace
 
 
 @dataclass(frozen=True)
-class Header:
+class Watch:
+    """What to record of a model.
+
+    Attributes:
+        horizons: how many layers ahead routers are asked; 3, or as many as the model allows, if None.
+        predict_width: experts in each prediction; as many as the router chooses if None.
+        scores: whether to keep the full router scores.
+        stack: `encoder` or `decoder` of an encoder-decoder; its decoder if None.
+    """
+
+    horizons: int | None = None
+    predict_width: int | None = None
+    scores: bool = False
+    stack: str | None = None
+
+    def recorder(self, model: Any) -> RoutingRecorder:
+        """A recorder for `model`.
+
+        Raises:
+            ValueError: the family cannot be captured, or not so.
+        """
+        return RoutingRecorder(
+            model,
+            stack=check_stack(model, self.stack),
+            horizons=MAX_HORIZON if self.horizons is None else self.horizons,
+            predict_width=self.predict_width,
+            scores=self.scores,
+        )
+
+
+@dataclass(frozen=True)
+class _Header:
     """What the trace says about itself."""
 
     name: str
@@ -51,6 +82,7 @@ def capture(
     temperature: float = 1.0,
     seed: int = 0,
     device: str = "cpu",
+    watch: Watch | None = None,
     name: str | None = None,
     model_name: str | None = None,
     origin: str = "trained",
@@ -58,10 +90,13 @@ def capture(
 ) -> None:
     """Capture the routing of the model in `model_dir` on `texts` into the Parquet file `out`.
 
+    An exception, Ctrl-C among them, ends the capture; the file then holds the batches that were done, if any, and
+    stderr says how many requests those are. A killed process leaves nothing that can be read.
+
     Args:
         model_dir: local folder with config, weights and tokenizer; nothing is downloaded.
         texts: the texts, or a file of them (see `read_texts`); prompts are cut from them.
-        out: the trace file; it appears whole or not at all.
+        out: the trace file.
         num_requests: prompts to run.
         prompt_tokens: shortest and longest prompt; lengths are drawn evenly between.
         output_tokens: tokens that each request generates and runs through the model; no request ends early.
@@ -69,6 +104,7 @@ def capture(
         temperature: of the sampling; 0 takes the likeliest token.
         seed: of prompt lengths and sampling.
         device: torch device.
+        watch: what to record; all that the model allows without its router scores if None.
         name: of the trace; the file's stem if None.
         model_name: how reports call the model; the folder's name if None.
         origin: `trained` or `random`, whether the model's router was trained.
@@ -77,159 +113,158 @@ def capture(
     Raises:
         ValueError: the folder holds no model, its family cannot be captured, or an argument is wrong.
     """
-    if batch_size < 1 or output_tokens < 0 or temperature < 0:
-        raise ValueError(
-            f"batch_size must be at least 1, output_tokens and temperature at least 0; "
-            f"given {batch_size}, {output_tokens} and {temperature}"
-        )
-    model, tokenizer = _load(Path(model_dir), device)
+    watch = watch or Watch()
+    check_numbers(batch_size, output_tokens, temperature, watch)
+    model, tokenizer = load(Path(model_dir), device)
+    recorder, stack = watch.recorder(model), check_stack(model, watch.stack)
+    check_room(model, prompt_tokens[1], output_tokens, stack)
     prompts = cut_prompts(
         tokenizer, read_texts(texts) if isinstance(texts, Path) else texts, num_requests, prompt_tokens, seed
     )
+    choose = sampler(temperature, seed)
+    with recorder:
+        run_batch(model, recorder, [prompts[0][:2]], 0, choose, stack)
+    check_recorded(model, recorder, watch)
     settings = {
         "model_type": str(model.config.model_type),
-        "requests": f"{num_requests} of {prompt_tokens[0]}-{prompt_tokens[1]} prompt and {output_tokens} output tokens",
+        "requests": f"asked for {num_requests} of {prompt_tokens[0]}-{prompt_tokens[1]} prompt "
+        f"and {output_tokens} output tokens",
         "sampling": f"temperature {temperature}, seed {seed}, batches of {batch_size}",
         "versions": f"torch {torch.__version__}, transformers {version('transformers')}",
     }
-    header = Header(
+    header = _Header(
         name or Path(out).stem,
         model_name or Path(model_dir).resolve().name,
         origin,
         settings | dict(provenance or {}),
     )
-    generator = torch.Generator().manual_seed(seed)
+    header = _with_facts(header, recorder, stack)
     console = Console(stderr=True)
-    with (
-        RoutingRecorder(model) as recorder,
-        TraceWriter(out) as writer,
-        Progress(console=console) as progress,
-    ):
-        bar = progress.add_task("capture", total=num_requests)
-        for first in range(0, num_requests, batch_size):
-            batch = prompts[first : first + batch_size]
-            writer.append(_run(model, recorder, batch, first, output_tokens, temperature, generator, header))
-            progress.advance(bar, len(batch))
-
-
-def _load(folder: Path, device: str) -> tuple[Any, Any]:
-    """Model in evaluation mode and tokenizer, from local files only."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json; give a folder made by save_pretrained, with a tokenizer")
+    done = 0
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{folder}: transformers cannot load model and tokenizer: {error}") from error
-    placed: Any = model
-    return placed.to(device).eval(), tokenizer
+        with recorder, TraceWriter(out, keep_parts=True) as writer, Progress(console=console) as progress:
+            bar = progress.add_task("capture", total=num_requests)
+            for first in range(0, num_requests, batch_size):
+                prompts_B = prompts[first : first + batch_size]
+                batch = run_batch(model, recorder, prompts_B, output_tokens, choose, stack)
+                writer.append(_trace(batch, first, recorder, header))
+                done = first + len(prompts_B)
+                progress.advance(bar, len(prompts_B))
+    except BaseException:
+        kept = f"{out} holds the first {done} of {num_requests} requests" if done else f"{out} was not written"
+        console.print(f"capture interrupted; {kept}", markup=False, highlight=False, soft_wrap=True)
+        raise
+    if recorder.cannot_ask and watch.horizons is None:
+        console.print(f"no predictions: {recorder.cannot_ask}", markup=False, highlight=False, soft_wrap=True)
 
 
-@torch.no_grad()
-def _run(
-    model: Any,
-    recorder: RoutingRecorder,
-    prompts: list[NDArray[np.int64]],
-    first_request: int,
-    output_tokens: int,
-    temperature: float,
-    generator: torch.Generator,
-    header: Header,
-) -> RoutingTrace:
-    """Prefill and decode one batch; the trace of its real tokens, rows by (request, position)."""
-    device = next(model.parameters()).device
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = torch.from_numpy(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    # Prefill needs the logits of the last position only; nearly every family lets us say so.
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    fed, parts, cache = tokens, [], None
-    for step in range(output_tokens + 1):
-        output = model(
-            input_ids=fed.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions[:, -fed.shape[1] :].to(device),
-            past_key_values=cache,
-            use_cache=True,
-            **last_only,
+def check_numbers(batch_size: int, output_tokens: int, temperature: float, watch: Watch) -> None:
+    """Refuse what no model could do.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    if batch_size < 1 or output_tokens < 0 or temperature < 0:
+        raise ValueError(
+            f"batch_size must be at least 1, output_tokens and temperature at least 0; "
+            f"given {batch_size}, {output_tokens} and {temperature}"
         )
-        cache = output.past_key_values
-        parts.append(_by_request(recorder.take(fed.numel()), len(prompts)))
-        if step == output_tokens:
-            break
-        fed = _next_tokens(output.logits[:, -1].float().cpu(), temperature, generator)
-        tokens = torch.cat([tokens, fed], dim=1)
-        mask = torch.cat([mask, torch.ones_like(fed)], dim=1)
-        positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-    decode = torch.arange(tokens.shape[1]).expand_as(tokens) >= longest
-    requests = torch.arange(first_request, first_request + len(prompts))[:, None].expand_as(tokens)
-    return _trace(_join(parts), mask.bool(), requests, positions, decode, tokens, recorder, header)
+    if watch.horizons is not None and not 0 <= watch.horizons <= MAX_HORIZON:
+        raise ValueError(f"horizons must be 0 to {MAX_HORIZON}; given {watch.horizons}")
+    if watch.predict_width is not None and watch.predict_width < 1:
+        raise ValueError(f"predict_width must be at least 1; given {watch.predict_width}")
 
 
-def _next_tokens(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """One token for each request, [B, V] -> [B, 1]."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+def check_room(model: Any, longest_prompt: int, output_tokens: int, stack: str | None) -> None:
+    """Refuse requests that the model has no positions, or no head, for.
+
+    Raises:
+        ValueError: prompts and output do not fit, or output is asked of what writes nothing.
+    """
+    if output_tokens and not writes(model, stack):
+        what = "its encoder" if stack == "encoder" else "it"
+        raise UnsupportedFamilyError(
+            model, f"{what} writes no tokens, so output_tokens must be 0; given {output_tokens}"
+        )
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    asked = max(longest_prompt, output_tokens + 1) if stack == "decoder" else longest_prompt + output_tokens
+    if isinstance(room, int) and asked > room:
+        raise ValueError(
+            f"model family {model.config.model_type!r} has {room} positions (max_position_embeddings); "
+            f"prompts of {longest_prompt} and output of {output_tokens} tokens need {asked}; ask for fewer"
+        )
 
 
-def _by_request(routing: Routing, num_requests: int) -> Routing:
-    """[B x S, ...] -> [B, S, ...] on the CPU."""
-    ids, weights, predicted = (
-        None if part is None else part.cpu().reshape(num_requests, -1, *part.shape[1:]) for part in routing
-    )
-    assert ids is not None and weights is not None
-    return Routing(ids, weights, predicted)
+def check_recorded(model: Any, recorder: RoutingRecorder, watch: Watch) -> None:
+    """Refuse predictions that were asked for and cannot be had.
+
+    Raises:
+        ValueError: the model has too few MoE layers or experts, or its routers cannot be asked.
+    """
+    if watch.predict_width is not None and watch.predict_width > recorder.num_experts:
+        raise ValueError(f"predict_width must be at most {recorder.num_experts} experts; given {watch.predict_width}")
+    if not watch.horizons:
+        return
+    if watch.horizons >= len(recorder.layers):
+        raise ValueError(
+            f"horizons must be below the {len(recorder.layers)} MoE layers of {type(model).__name__}; "
+            f"given {watch.horizons}"
+        )
+    if recorder.cannot_ask:
+        raise UnsupportedFamilyError(model, f"no predictions, as {recorder.cannot_ask}; ask for 0 horizons")
 
 
-def _join(parts: list[Routing]) -> Routing:
-    """Steps of [B, S, ...] side by side."""
-    ids, weights, predicted = zip(*parts, strict=True)
-    known = None if any(p is None for p in predicted) else torch.cat(predicted, dim=1)
-    return Routing(torch.cat(ids, dim=1), torch.cat(weights, dim=1), known)
+def sampler(temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
+    """Chooses one token for each request, [B, V] -> [B, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        if temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+
+    return choose
 
 
-def _trace(
-    routing: Routing,
-    real: Tensor,
-    requests: Tensor,
-    positions: Tensor,
-    decode: Tensor,
-    tokens: Tensor,
-    recorder: RoutingRecorder,
-    header: Header,
-) -> RoutingTrace:
-    """The tokens where `real` is True, as a trace; a boolean index keeps the order (request, position)."""
-    num_experts = _num_experts(recorder)
-    small = np.uint8 if num_experts <= 256 else np.uint16
+def _with_facts(header: _Header, recorder: RoutingRecorder, stack: str | None) -> _Header:
+    """The header with what only a run tells: how the routers were read, and what the layers and ids mean."""
+    facts = {"routers": recorder.adapter.name}
+    if stack == "decoder":
+        facts["layers"] = "of the decoder; prompts went through the encoder, whose routing is not recorded"
+    elif stack == "encoder":
+        facts["layers"] = "of the encoder"
+    if recorder.layers_repeat:
+        facts["layers"] = "numbered by turn, as some layers run more than once in a pass"
+    if recorder.num_real_experts < recorder.num_experts:
+        facts["experts"] = f"ids from {recorder.num_real_experts} on compute nothing (zero or skip experts)"
+    if recorder.cannot_ask:
+        facts["predictions"] = f"none: {recorder.cannot_ask}"
+    return _Header(header.name, header.model, header.origin, facts | dict(header.provenance))
+
+
+def _trace(batch: Batch, first_request: int, recorder: RoutingRecorder, header: _Header) -> RoutingTrace:
+    """The real tokens as a trace; a boolean index keeps the order (request, position)."""
+    real, routing = batch.real, batch.routing
+    columns = torch.arange(real.shape[1]).expand_as(real)
+    requests = torch.arange(first_request, first_request + len(real))[:, None].expand_as(real)
+    small = np.uint8 if recorder.num_experts <= 256 else np.uint16
+
+    def array(values: Tensor, dtype: type) -> NDArray[Any]:
+        return values[real].numpy().astype(dtype)
+
     return RoutingTrace(
         name=header.name,
         model=header.model,
         origin=header.origin,
-        num_experts=num_experts,
-        expert_ids_TLK=routing.expert_ids[real].numpy().astype(small),
-        request_T=requests[real].numpy().astype(np.int32),
-        position_T=positions[real].numpy().astype(np.int32),
-        is_decode_T=decode[real].numpy(),
-        token_id_T=tokens[real].numpy().astype(np.int32),
-        layers=tuple(layer.index for layer in recorder.layers),
-        weights_TLK=routing.weights[real].numpy().astype(np.float16),
-        predicted_HTLW=() if routing.predicted is None else (routing.predicted[real].numpy().astype(small),),
+        num_experts=recorder.num_experts,
+        expert_ids_TLK=array(routing.expert_ids, small),
+        request_T=array(requests, np.int32),
+        position_T=array(batch.positions, np.int32),
+        is_decode_T=array(columns >= batch.num_prompt_columns, np.bool_),
+        token_id_T=array(batch.tokens, np.int32),
+        layers=recorder.layers,
+        weights_TLK=array(routing.weights, np.float16),
+        predicted_HTLW=tuple(array(ids, small) for ids in routing.predicted),
+        scores_TLE=None if routing.scores is None else array(routing.scores, np.float16),
         provenance=header.provenance,
     )
-
-
-def _num_experts(recorder: RoutingRecorder) -> int:
-    """E, from the experts modules, which must agree."""
-    counts = {getattr(layer.experts, "num_experts", None) for layer in recorder.layers}
-    if len(counts) != 1 or None in counts:
-        raise ValueError(
-            f"layers have {sorted(map(str, counts))} experts; a trace holds one number for all its "
-            "layers, and the "
-            "experts module must state it as num_experts"
-        )
-    return int(counts.pop())  # type: ignore[arg-type]

@@ -23,6 +23,11 @@ def list_command(kind: str, as_json: bool) -> None:
         "traces": _traces,
         "studies": _studies,
     }[kind]()
+    print_rows(rows, as_json)
+
+
+def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows with the same keys as a table on stdout, numbers to the right, or as JSON."""
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
@@ -30,8 +35,8 @@ def list_command(kind: str, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in rows[0] if rows else ():
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=name == kind[:-1])
+    for column, name in enumerate(rows[0] if rows else ()):
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=column == 0)
     for row in rows:
         table.add_row(*(f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values()))
     console = Console()

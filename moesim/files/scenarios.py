@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moesim.files.counts import is_count_file, read_counts
 from moesim.files.hardware import load_cluster
 from moesim.files.keys import nearest
 from moesim.files.models import load_model
@@ -42,7 +43,9 @@ def trace_names() -> tuple[str, ...]:
 
 
 def load_trace(name_or_path: str, folder: Path | None = None) -> RoutingTrace:
-    """A packaged trace by name, or a Parquet file (looked for in `folder` first, where one is given).
+    """A packaged trace by name, or a trace file (looked for in `folder` first, where one is given).
+
+    A count trace becomes routing of origin "counts" (`CountTrace.to_routing` with its defaults).
 
     Raises:
         ValueError: neither exists, or the file has mistakes: all of them in one message.
@@ -51,10 +54,10 @@ def load_trace(name_or_path: str, folder: Path | None = None) -> RoutingTrace:
         with resources.as_file(resources.files("moesim.traces") / f"{name_or_path}.parquet") as path:
             return read_trace(path)
     path = _beside(name_or_path, folder)
-    if not path.exists() and path.suffix != ".parquet":
+    if not path.exists() and path.suffix not in (".parquet", ".arrow"):
         known = nearest(name_or_path, trace_names())
         raise ValueError(f"no trace {name_or_path!r}; give a .parquet file, or a packaged one; {known}")
-    return read_trace(path)
+    return read_counts(path).to_routing() if is_count_file(path) else read_trace(path)
 
 
 def load_scenarios(path: str | Path, changes: Sequence[str] = ()) -> list[Scenario]:

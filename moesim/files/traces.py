@@ -46,14 +46,21 @@ class TraceWriter:
     The rows lie in a temporary file beside `path` until the `with` block ends well; then it takes the name.
     The first part fixes the header, the layers and the columns; a later part must agree and hold later
     requests only.
+
+    Args:
+        path: the file to write.
+        keep_parts: when the `with` block ends with an exception, keep the parts written so far as a whole file,
+            if there are any. A killed process leaves no such file: Parquet is read from its end.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, keep_parts: bool = False) -> None:
         self.path = Path(path)
+        self._keep_parts = keep_parts
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._writer: pq.ParquetWriter | None = None
         self._first: tuple[object, ...] = ()
         self._last_request = -1
+        self.num_parts = 0
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -76,13 +83,21 @@ class TraceWriter:
             raise ValueError(f"{self.path}: cannot write the trace: {error}; choose a writable folder") from error
         self._first = self._first or _agreed(part)
         self._last_request = int(part.request_T[-1])
+        self.num_parts += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ends_well = kind is None
         if self._writer is not None:
-            self._writer.close()
-        if kind is not None:
+            try:
+                self._writer.close()
+                ends_well = ends_well or (self._keep_parts and self.num_parts > 0)
+            except (OSError, pa.ArrowException):  # a full disk: what lies there cannot be read
+                if ends_well:
+                    self._temporary.unlink(missing_ok=True)
+                    raise
+        if not ends_well:
             self._temporary.unlink(missing_ok=True)
         elif self._writer is None:
             raise ValueError(f"{self.path}: the trace is empty; append at least one part before closing")

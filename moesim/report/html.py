@@ -63,39 +63,39 @@ def page(results: Sequence[Result]) -> str:
     tables = {section.title: section for section in sections(results)}
     body = []
     if "Headline" in tables:
-        body.append(_section("Headline", "", _table(tables["Headline"])))
+        body.append(page_section("Headline", "", html_table(tables["Headline"])))
     metric = main_metric(results)
     if metric:
         says = "Whiskers: the interval that the believed efficiencies leave open." if _has(results, metric) else ""
-        body.append(_picture(label_of(metric), says, draw("throughput", results)))
+        body.append(picture(label_of(metric), says, draw("throughput", results)))
     times = "".join(
-        _details(section.title, _table(section)) for title, section in tables.items() if title.startswith("Where a")
+        details(section.title, html_table(section)) for title, section in tables.items() if title.startswith("Where a")
     )
     says = "Exposed time, mean over ranks and iterations; what hides behind other work is not in it."
-    body.append(_picture("Where the time of an iteration goes", says, draw("iteration", results), times))
+    body.append(picture("Where the time of an iteration goes", says, draw("iteration", results), times))
     says = "A rise that stays is a growing context or a drifting load; a spike is a miss, a queue or a failure."
-    body.append(_picture("Decode iterations over time", says, draw("steps", results)))
+    body.append(picture("Decode iterations over time", says, draw("steps", results)))
     alone = [result.name for result in results if not has_load(result)]
     says = "Tokens x experts computed on each rank: the reddest rank of a layer sets its pace."
     says += f" Without a load to compare: {', '.join(alone)}." if alone else ""
-    body.append(_picture("Load of the ranks", says, draw("load", results)))
+    body.append(picture("Load of the ranks", says, draw("load", results)))
     title = "Memory of the fullest device"
     body.append(
-        _picture(title, "", draw("memory", results), _details("The numbers", _table(tables[title])))
+        picture(title, "", draw("memory", results), details("The numbers", html_table(tables[title])))
         if title in tables
         else ""
     )
     says = "Share of the busy time that rests on measured, fitted, datasheet and assumed numbers."
-    body.append(_picture("Where the numbers come from", says, draw("provenance", results)))
+    body.append(picture("Where the numbers come from", says, draw("provenance", results)))
     about = warnings_of(results)
     if about:
         lines = [f"<li><b>{escape(', '.join(names))}</b>: {escape(text)}</li>" for text, names in about.items()]
-        body.append(_section("Warnings", "", f'<ul class="warnings">{"".join(lines)}</ul>'))
-    scenarios = [_details(f"Scenario of {r.name}", f"<pre>{escape(_plain(r.scenario))}</pre>") for r in results]
-    body.append(_section("Scenarios", "Enough to run each set-up again.", "".join(scenarios)))
-    return Template(_file("page.html")).substitute(
+        body.append(page_section("Warnings", "", f'<ul class="warnings">{"".join(lines)}</ul>'))
+    scenarios = [details(f"Scenario of {r.name}", f"<pre>{escape(_plain(r.scenario))}</pre>") for r in results]
+    body.append(page_section("Scenarios", "Enough to run each set-up again.", "".join(scenarios)))
+    return Template(page_file("page.html")).substitute(
         title=escape(" · ".join(result.name for result in results)),
-        css=_file("page.css"),
+        css=page_file("page.css"),
         answer=escape(answer(results)),
         body="\n".join(part for part in body if part),
         footer=_footer(results),
@@ -107,7 +107,7 @@ def answer(results: Sequence[Result]) -> str:
     metric = main_metric(results)
     known = [result for result in results if metric and result.metrics.get(metric, 0.0) > 0]
     if metric is None or not known:
-        names = _listed([result.name for result in results])
+        names = listed([result.name for result in results])
         return f"{names}: no throughput was reported, so the set-ups are not ranked."
     is_rate = metric.endswith("_per_s")
     known.sort(key=lambda result: result.metrics[metric], reverse=is_rate)
@@ -122,11 +122,11 @@ def answer(results: Sequence[Result]) -> str:
     else:
         shown = others if len(others) <= 3 else [others[0], others[-1]]
         factors = [f"{_factor(best, other, metric)} times {other.name}" for other in shown]
-        said = [f"{best.name} is the fastest of {len(known)} set-ups with {what}: {_listed(factors)}."]
+        said = [f"{best.name} is the fastest of {len(known)} set-ups with {what}: {listed(factors)}."]
         unsure = [other.name for other in others if _overlap(best, other, metric)]
         if unsure:
             verb = "overlaps" if len(unsure) == 1 else "overlap"
-            said.append(f"The interval of {_listed(unsure)} {verb} with it, so that this order is not certain.")
+            said.append(f"The interval of {listed(unsure)} {verb} with it, so that this order is not certain.")
     said += _bound(best, others)
     measured = best.provenance.get("measured_fraction")
     if measured is not None:
@@ -146,7 +146,7 @@ def _bound(best: Result, others: Sequence[Result]) -> list[str]:
     largest = sorted(table, key=lambda part: (-table[part], part))[:2]
     shares = [f"{_meaning(part)} ({percent(table[part] / total)})" for part in largest if table[part]]
     duration = quantity(total, unit_of("iteration_s", [total]))
-    said = [f"Its {phase} iteration takes {duration}, bound first by {_listed(shares)}."]
+    said = [f"Its {phase} iteration takes {duration}, bound first by {listed(shares)}."]
     other = others[0].breakdown_s.get(phase or "", {}) if others else {}
     more = {part: value - table.get(part, 0.0) for part, value in other.items()}
     if more:
@@ -177,27 +177,32 @@ def _has(results: Sequence[Result], metric: str) -> bool:
     return any(metric in result.intervals for result in results)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names in a row: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _section(title: str, says: str, content: str) -> str:
+def page_section(title: str, says: str, content: str) -> str:
+    """A titled part of the page; `content` is HTML, the others are plain text."""
     words = f'<p class="says">{escape(says)}</p>\n' if says else ""
     return f"<section>\n<h2>{escape(title)}</h2>\n{words}{content}\n</section>"
 
 
-def _picture(title: str, says: str, svg: str, more: str = "") -> str:
+def picture(title: str, says: str, svg: str, more: str = "") -> str:
+    """A section around one picture; empty where there is none."""
     if not svg:
         return ""
     named = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-    return _section(title, says, f"<figure>{named}</figure>{more}")
+    return page_section(title, says, f"<figure>{named}</figure>{more}")
 
 
-def _details(title: str, content: str) -> str:
+def details(title: str, content: str) -> str:
+    """HTML that is folded away under a title."""
     return f"<details><summary>{escape(title)}</summary>{content}</details>\n"
 
 
-def _table(section: Section) -> str:
+def html_table(section: Section) -> str:
+    """A section as an HTML table."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in section.setups)
     lines = []
     for row in section.rows:
@@ -231,5 +236,6 @@ def _plain(scenario: Mapping[str, Any]) -> str:
     return json.dumps(dict(scenario), indent=2, ensure_ascii=False, default=plain)
 
 
-def _file(name: str) -> str:
+def page_file(name: str) -> str:
+    """Text of a file beside this module: the page or its style sheet."""
     return files("moesim.report").joinpath(name).read_text(encoding="utf-8")

@@ -65,25 +65,30 @@ MOST_POINTS = 1000
 
 def draw(name: str, results: Sequence[Result]) -> str:
     """One picture by its name in PLOTS, as an <svg> element; empty where there is nothing to show."""
+    return svg(name, lambda: PLOTS[name](results))
+
+
+def svg(name: str, figure_of: Callable[[], Figure | None]) -> str:
+    """A figure in the style of the report as an <svg> element with ids of its own; empty where there is none."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(cast(Any, STYLE))
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure = PLOTS[name](results)
+        figure = figure_of()
         if figure is None:
             return ""
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
-    svg = svg[svg.index("<svg") :]
+    picture = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
+    picture = picture[picture.index("<svg") :]
 
     def inside(tag: re.Match[str]) -> str:  # names are unique in the page, and nothing points out of it
         own = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", tag[0])
         return re.sub(r' xmlns(:\w+)?="[^"]*"', "", own)
 
-    return re.sub(r"<[^>]*>", inside, svg).strip()
+    return re.sub(r"<[^>]*>", inside, picture).strip()
 
 
 def colours_of(parts: Sequence[str]) -> dict[str, str]:
@@ -205,7 +210,7 @@ def load(results: Sequence[Result]) -> Figure | None:
     num_columns = min(2, len(shown))
     num_rows = -(-len(shown) // num_columns)
     row_in = min(4.4, max(2.4, 1.2 + 0.05 * max(len(ratio) for ratio in ratios)))
-    figure = _figure(row_in * num_rows + 0.7)
+    figure = new_figure(row_in * num_rows + 0.7)
     widths = [4.0, 1.0] * num_columns if num_columns > 1 else [7.0, 1.0]
     grid = figure.add_gridspec(num_rows, 2 * num_columns, width_ratios=widths)
     for index, (result, ratio) in enumerate(zip(shown, ratios, strict=True)):
@@ -242,7 +247,7 @@ def steps(results: Sequence[Result]) -> Figure | None:
     if not values:
         return None
     size, sign = unit_of("step_s", values)
-    figure = _figure(3.4)
+    figure = new_figure(3.4)
     axes = figure.add_subplot()
     for index, result in shown:
         step_S = np.array(result.step_s) / size
@@ -285,14 +290,15 @@ PLOTS: Mapping[str, Callable[[Sequence[Result]], Figure | None]] = {
 }
 
 
-def _figure(height_in: float) -> Figure:
+def new_figure(height_in: float) -> Figure:
+    """An empty figure as wide as the page."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(11.0, height_in), layout="constrained")
 
 
 def _bars(num_bars: float, num_rows: int = 1) -> tuple[Figure, Any]:
-    figure = _figure(1.15 + 0.52 * num_bars + 0.5 * (num_rows - 1))
+    figure = new_figure(1.15 + 0.52 * num_bars + 0.5 * (num_rows - 1))
     return figure, figure.subplots(num_rows, 1)
 
 

@@ -304,7 +304,7 @@ def result_tables(results: Sequence[Result], width: int = 80) -> list[Table]:
     size = -(-len(results) // num_chunks)
     for section in sections(results):
         starts = range(0, len(results), size)
-        tables += [_table(section, slice(start, start + size), width) for start in starts]
+        tables += [terminal_table(section, slice(start, start + size), width) for start in starts]
     about = warnings_of(results)
     if about:
         table = Table(title="Warnings", title_justify="left", title_style="bold", box=None, show_header=False)
@@ -317,7 +317,8 @@ def result_tables(results: Sequence[Result], width: int = 80) -> list[Table]:
     return tables
 
 
-def _table(section: Section, chosen: slice, width: int) -> Table:
+def terminal_table(section: Section, chosen: slice, width: int) -> Table:
+    """Some columns of a section as a table for a terminal of `width` columns."""
     setups = section.setups[chosen]
     is_wide = (width - 24) // len(setups) >= 28
     notes = [cell.note for row in section.rows for cell in row.cells]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.routing.clusters import k_means, nearest, squared_distances
 from moesim.routing.mosaic import copy_experts, spread_experts, walk
 from moesim.routing.trace import RoutingTrace
 
@@ -195,7 +196,7 @@ def fit_generator(
     trace: RoutingTrace,
     *,
     num_classes: int = 256,
-    num_near: int = 4,
+    num_near: int = 2,
     run_tokens: float = 64.0,
     crossover_rate: float = 0.5,
     seed: int = 0,
@@ -218,11 +219,10 @@ def fit_generator(
         )
     rng = np.random.default_rng(seed)
     vectors_TD = _projected(trace, rng)
-    class_T = _clusters(vectors_TD, min(num_classes, max(trace.num_tokens // 32, 1)), rng) * 2 + trace.is_decode_T
+    class_T = _classes(vectors_TD, min(num_classes, max(trace.num_tokens // 32, 1)), rng) * 2 + trace.is_decode_T
     first_Q, _request_T = _requests(trace)
     mean_QD = np.add.reduceat(vectors_TD, first_Q) / np.diff(np.append(first_Q, trace.num_tokens))[:, None]
-    square_Q = np.square(mean_QD).sum(axis=1)
-    distance_QQ = square_Q[:, None] + square_Q - 2 * mean_QD @ mean_QD.T
+    distance_QQ = squared_distances(mean_QD, mean_QD)
     np.fill_diagonal(distance_QQ, np.inf)
     others = min(num_near, len(first_Q) - 1)
     near_QN = np.argsort(distance_QQ, axis=1, kind="stable")[:, :others] if others else np.zeros((1, 1))
@@ -247,24 +247,11 @@ def _projected(trace: RoutingTrace, rng: np.random.Generator) -> NDArray[np.floa
     return vectors_TD
 
 
-def _clusters(vectors_TD: NDArray[np.float32], num: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Cluster of each vector: k-means (Lloyd) on a sample, then the nearest centre."""
+def _classes(vectors_TD: NDArray[np.float32], num: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Cluster of each vector: k-means on a sample, then the nearest centre."""
     T = len(vectors_TD)
     learned = vectors_TD[np.sort(rng.choice(T, min(T, _KMEANS_SAMPLE), replace=False))]
-    centre_CD = learned[np.sort(rng.choice(len(learned), num, replace=False))]
-    for _ in range(_KMEANS_ROUNDS):
-        label = _nearest(learned, centre_CD)
-        order = np.argsort(label, kind="stable")
-        used, first = np.unique(label[order], return_index=True)
-        size = np.diff(np.append(first, len(learned)))
-        centre_CD[used] = np.add.reduceat(learned[order], first) / size[:, None]
-    return _nearest(vectors_TD, centre_CD)
-
-
-def _nearest(vectors_TD: NDArray[np.float32], centre_CD: NDArray[np.float32]) -> NDArray[np.int64]:
-    half_C = np.square(centre_CD).sum(axis=1) / 2
-    blocks = [vectors_TD[at : at + 8192] @ centre_CD.T - half_C for at in range(0, len(vectors_TD), 8192)]
-    return np.concatenate([block.argmax(axis=1) for block in blocks])
+    return nearest(vectors_TD, k_means(learned, num, rng, most_rounds=_KMEANS_ROUNDS)[2])[0]
 
 
 def _check(num_requests: int, prompts: tuple[int, int] | None, outputs: tuple[int, int] | None, shape: Shape) -> None:

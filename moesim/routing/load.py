@@ -118,7 +118,7 @@ def _check_ep(trace: RoutingTrace, ep: int) -> None:
     if ep < 1 or trace.num_experts % ep:
         fit = [size for size in range(1, trace.num_experts + 1) if trace.num_experts % size == 0]
         raise ValueError(
-            f"--ep {ep}: experts are placed E / ep on each rank, so ep must divide the {trace.num_experts} experts of "
+            f"ep {ep}: each rank holds E / ep experts, so ep must divide the {trace.num_experts} experts of "
             f"trace {trace.name!r}; one of {', '.join(map(str, fit))} would do"
         )
 

@@ -64,7 +64,7 @@ def expert_uses_L(trace: RoutingTrace, batch: int | None = None) -> Ints:
     """Uses that a cache is asked for, int64 [L]: T x K, or the sum over batched steps of their distinct experts."""
     if batch is None:
         return np.full(trace.num_layers, trace.num_tokens * trace.top_k)
-    return _distinct_L(_steps_LNA(trace, batch), trace.num_experts)
+    return np.asarray(_distinct_L(_steps_LNA(trace, batch), trace.num_experts))
 
 
 def decode_in_step(trace: RoutingTrace, batch: int) -> Ints:
@@ -72,7 +72,7 @@ def decode_in_step(trace: RoutingTrace, batch: int) -> Ints:
 
     As continuous batching would: a place decodes its request to the end and then takes the next request in order; it
     ends with the first place that finds none. Unlike in `load.batches`, a column is whole requests, one after the
-    other, so that what a step asks for can be compared with the step before. Decode tokens, or all where there are none.
+    other, so that a step can be compared with the step before. Decode tokens, or all where there are none.
 
     Raises:
         ValueError: `batch` is not positive.

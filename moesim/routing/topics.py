@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.routing.clusters import k_means, squared_distances
 from moesim.routing.load import Floats, Ints
 from moesim.routing.structure import information_bits, joint_counts
 from moesim.routing.trace import RoutingTrace
@@ -167,41 +168,15 @@ def _features_ND(trace: RoutingTrace, request_T: Ints, chosen_N: Ints) -> Floats
 
 def _silhouettes(features_ND: Floats, seed: int) -> tuple[dict[int, float], dict[int, Ints]]:
     """Mean silhouette, and the group of each row, for each number of groups."""
-    distance_NN = np.sqrt(_squared_distances(features_ND, features_ND))
+    distance_NN = np.sqrt(squared_distances(features_ND, features_ND))
     np.fill_diagonal(distance_NN, 0.0)
     silhouettes, groups = {}, {}
     for number in range(2, min(MOST_TOPICS, len(features_ND) - 1) + 1):
         random = np.random.default_rng((seed, number))
-        runs = [_k_means(features_ND, number, random) for _ in range(_RESTARTS)]
+        runs = [k_means(features_ND, number, random) for _ in range(_RESTARTS)]
         groups[number] = min(runs, key=lambda run: run[0])[1]
         silhouettes[number] = _silhouette(distance_NN, groups[number])
     return silhouettes, groups
-
-
-def _k_means(features_ND: Floats, number: int, random: np.random.Generator) -> tuple[float, Ints]:
-    """Sum of squared distances to the centres, and the group of each row, from one k-means++ start."""
-    centres = [features_ND[random.integers(len(features_ND))]]
-    for _ in range(number - 1):
-        nearest_N = _squared_distances(features_ND, np.asarray(centres)).min(axis=1)
-        total = nearest_N.sum()
-        even_N = np.full(len(nearest_N), 1 / len(nearest_N))
-        centres.append(features_ND[random.choice(len(nearest_N), p=nearest_N / total if total > 0 else even_N)])
-    centre_CD = np.asarray(centres)
-    group_N = np.full(len(features_ND), -1)
-    for _ in range(100):
-        distance_NC = _squared_distances(features_ND, centre_CD)
-        nearest_N = distance_NC.argmin(axis=1)
-        if (nearest_N == group_N).all():
-            break
-        group_N = nearest_N
-        for c in np.unique(group_N):
-            centre_CD[c] = features_ND[group_N == c].mean(axis=0)
-    return float(distance_NC.min(axis=1).sum()), group_N
-
-
-def _squared_distances(one_ND: Floats, other_MD: Floats) -> Floats:
-    squares_NM = np.square(one_ND).sum(axis=1)[:, None] + np.square(other_MD).sum(axis=1)
-    return np.maximum(squares_NM - 2 * one_ND @ other_MD.T, 0.0)
 
 
 def _silhouette(distance_NN: Floats, group_N: Ints) -> float:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ORIGINS = ("trained", "random", "synthetic")
-"""What made the routing: a trained router, an untrained one, or a generator."""
+ORIGINS = ("trained", "random", "synthetic", "counts")
+"""What made the routing: a trained router, an untrained one, a generator, or chance with a source's expert counts."""
 
 
 @dataclass(frozen=True, eq=False)

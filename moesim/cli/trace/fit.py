@@ -15,7 +15,7 @@ from moesim.cli.trace.shape import SHAPE
 @click.argument("trace")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Generator file to write (.npz).")
 @click.option("--classes", default=256, show_default=True, help="Token classes, at most one for 32 tokens.")
-@click.option("--near", default=4, show_default=True, help="Requests, beside its own, that a new request is made of.")
+@click.option("--near", default=2, show_default=True, help="Requests, beside its own, that a new request is made of.")
 @click.option("--run-tokens", default=64.0, show_default=True, help="Tokens copied in a row, on average.")
 @click.option("--crossover", default=0.5, show_default=True, help="Share of runs that change over at some layer.")
 @click.option("--shape", type=SHAPE, help="Judge a sample of another shape too, such as 58x256x8.")
