@@ -2,8 +2,8 @@
 mend it.
 
 The reader and the writer of trace files ask here, so that a file that was written can be read. A line names the
-column and the first row that breaks the rule, rows counted as in the file: row = token * L + layer where every token has
-all layers. The reader asks before it knows that: `row_T` says at which row each token starts, and where it ends.
+column and the first row that breaks the rule, rows counted as in the file: row = token * L + layer where every token
+has all layers. The reader asks before it knows that: `row_T` says at which row each token starts, and where it ends.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def trace_mistakes(trace: RoutingTrace) -> list[str]:
 
 
 def _token_rules(trace: RoutingTrace) -> list[str]:
-    facts = {"request": trace.request_T, "position": trace.position_T, "phase": trace.is_decode_T.astype(np.int8)}
+    facts: dict[str, NDArray[Any]] = {
+        "request": trace.request_T, "position": trace.position_T, "phase": trace.is_decode_T.astype(np.int8),
+    }
     if trace.token_id_T is not None:
         facts["token_id"] = trace.token_id_T
     return token_mistakes(facts, np.arange(trace.num_tokens + 1) * trace.num_layers)
@@ -50,8 +52,8 @@ def _routing_rules(trace: RoutingTrace) -> list[str]:
     found = [] if trace.top_k <= E else [too_many_experts(trace.top_k, E)]
     found += id_mistakes("expert_ids", trace.expert_ids_TLK, E)
     for horizon, ids_TLW in enumerate(trace.predicted_HTLW, start=1):
-        covered = max(L - horizon, 1)
-        found += id_mistakes(predicted_column(horizon), ids_TLW, E, lambda n, c=covered: n // c * L + n % c)
+        rows_TL = np.arange(trace.num_tokens * L).reshape(-1, L)[:, : max(L - horizon, 0)]
+        found += id_mistakes(predicted_column(horizon), ids_TLW, E, rows_TL.ravel())
     if trace.scores_TLE is not None:
         found += score_mistakes(trace.scores_TLE)
     if trace.weights_TLK is not None:
@@ -172,8 +174,10 @@ def too_many_experts(top_k: int, num_experts: int) -> str:
     return f"expert_ids: a token cannot choose {top_k} of {num_experts} experts; correct num_experts in the header"
 
 
-def id_mistakes(column: str, ids: NDArray[Any], num_experts: int, row: Callable[[int], int] = lambda n: n) -> list[str]:
-    """Range and distinctness of ids [..., K]; `row(n)` is the row of the file with the n-th K ids."""
+def id_mistakes(
+    column: str, ids: NDArray[Any], num_experts: int, row_N: NDArray[np.integer] | None = None
+) -> list[str]:
+    """Range and distinctness of ids [..., K]; entry n of `row_N`, else n, is the row of the file with the n-th K ids."""
     ids_NK = ids.reshape(-1, ids.shape[-1])
     out, twice = bad_ids(ids_NK, num_experts)
     rules = (
@@ -181,7 +185,7 @@ def id_mistakes(column: str, ids: NDArray[Any], num_experts: int, row: Callable[
         (twice, "a token's experts must be distinct", "keep each expert once"),
     )
     return [
-        f"column {column}, row {row(bad.first)}: {rule}; given {ids_NK[bad.first].tolist()}; "
+        f"column {column}, row {bad.first if row_N is None else row_N[bad.first]}: {rule}; given {ids_NK[bad.first].tolist()}; "
         f"{remedy} ({_rows(bad.rows)})"
         for bad, rule, remedy in rules
         if bad.rows

@@ -1,12 +1,12 @@
-"""A routing trace as an Arrow table and back: the columns, the header, and what can be wrong with them.
+"""A routing trace as an Arrow table and back: the columns, the header, and what can be wrong with each by itself.
 
-The rules here are about the table (columns, types, nulls, every token in every layer); `trace_rules` holds those
-about the arrays that come out of it.
+`trace_rows` makes a trace of the columns that are right; `trace_rules` holds the rules of the arrays.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -74,9 +74,9 @@ def _lists(values_TLK: NDArray[Any], missing: NDArray[np.bool_] | None = None) -
     )
 
 
-def read_header(metadata: dict[bytes, bytes] | None) -> tuple[dict[str, Any], list[str]]:
+def read_header(table: pa.Table) -> tuple[dict[str, Any], list[str]]:
     """The header facts, and what is wrong with them."""
-    raw = (metadata or {}).get(METADATA_KEY)
+    raw = (table.schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
         return {}, ["header: the schema metadata has no key 'moesim'; write the file with moesim"]
     try:
@@ -91,139 +91,81 @@ def read_header(metadata: dict[bytes, bytes] | None) -> tuple[dict[str, Any], li
     return header, found
 
 
-def column_mistakes(table: pa.Table) -> list[str]:
-    """Columns that lack, have another type, or hold nulls."""
-    found = []
+@dataclass
+class Columns:
+    """The columns of a table that have no mistake of their own, as arrays; views of the table where it is in one piece.
+
+    Attributes:
+        num_rows: N.
+        scalars: request, position, layer, token_id and phase (0 prefill, 1 decode, -1 neither) by name, [N].
+        lists: expert_ids, weights, scores and the predictions by name, [rows that are not null, K].
+        null: for each column of predictions, whether a row is null, bool [N].
+    """
+
+    num_rows: int
+    scalars: dict[str, NDArray[Any]] = field(default_factory=dict)
+    lists: dict[str, NDArray[Any]] = field(default_factory=dict)
+    null: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+
+def read_columns(table: pa.Table) -> tuple[Columns, list[str]]:
+    """The right columns, and what is wrong with the others: they lack, have another type, or hold nulls."""
+    columns, found = Columns(table.num_rows), []
+    given_names = ", ".join(table.column_names)
     for name, (kind, said) in _SCALARS.items():
-        if name not in table.column_names and name == "token_id":
-            continue
         if name not in table.column_names:
-            found.append(f"column {name} lacks; the file has {', '.join(table.column_names)}")
+            if name != "token_id":
+                found.append(f"column {name} lacks; the file has {given_names}")
         elif table.schema.field(name).type != kind:
             found.append(f"column {name} must be {said}; given {table.schema.field(name).type}")
         elif table[name].null_count:
-            row = _first_null(table[name])
-            found.append(f"column {name}, row {row}: must not be null; fill it in")
-    sizes: dict[str, int] = {}
+            found.append(_null_row(name, table[name]))
+        else:
+            columns.scalars[name] = table[name].to_numpy() if name != "phase" else _phase_codes(table[name])
+    if "phase" in columns.scalars and (columns.scalars["phase"] < 0).any():
+        words = {str(word) for word in table["phase"].unique().to_pylist()} - set(PHASES)
+        found.append(f"column phase: must be prefill or decode; given {', '.join(sorted(words))}")
     for name, kinds in LISTS.items():
         if name not in table.column_names:
             if name == "expert_ids":
-                found.append(f"column {name} lacks; the file has {', '.join(table.column_names)}")
+                found.append(f"column {name} lacks; the file has {given_names}")
             continue
         given = table.schema.field(name).type
         if not pa.types.is_fixed_size_list(given) or given.value_type not in kinds:
             said = " or ".join(str(kind) for kind in kinds)
             found.append(f"column {name} must be a fixed-size list of {said}; given {given}")
-            continue
-        sizes[name] = given.list_size
-        if name == "weights" and sizes.get("expert_ids", given.list_size) != given.list_size:
-            asked = f"{sizes['expert_ids']} values a row, as expert_ids"
-            found.append(f"column {name} must hold {asked}; given {given.list_size}")
-        if name not in PREDICTED and table[name].null_count:
-            found.append(f"column {name}, row {_first_null(table[name])}: must not be null; fill it in")
-        elif any(chunk.flatten().null_count for chunk in table[name].chunks):
-            found.append(f"column {name}: no value inside a list may be null; fill it in")
-    return found
+        elif given.list_size == 0:
+            found.append(f"column {name} must hold at least 1 value a row; given {given}")
+        elif name not in PREDICTED and table[name].null_count:
+            found.append(_null_row(name, table[name]))
+        else:
+            _read_lists(name, table[name], columns, found)
+    return columns, found
 
 
-def _first_null(column: pa.ChunkedArray) -> int:
-    return int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+def _null_row(name: str, column: pa.ChunkedArray) -> str:
+    row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+    return f"column {name}, row {row}: must not be null; fill it in"
 
 
-def find_layers(table: pa.Table) -> tuple[tuple[int, ...], list[str]]:
-    """The layers every token must have, and the first token that does not have them, once each and in
-    order.
-    """
-    layer = table["layer"].to_numpy()
-    token = (table["request"].to_numpy().astype(np.int64) << 32) + table["position"].to_numpy()
-    layers = tuple(np.unique(layer).tolist())
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(token)) + 1, [len(token)]])
-    counts = np.diff(starts)
-    within = np.arange(len(token)) - np.repeat(starts[:-1], counts)
-    wrong = (within >= len(layers)) | (layer != np.asarray(layers)[np.minimum(within, len(layers) - 1)])
-    bad = np.logical_or.reduceat(wrong, starts[:-1]) | (counts != len(layers))
-    if not bad.any():
-        return layers, []
-    first = int(bad.argmax())
-    row = int(starts[first])
-    where = f"request {table['request'][row]} position {table['position'][row]}"
-    return layers, [
-        f"column layer, row {row}: each token must have the layers {list(layers)} once, in this order; "
-        f"{where} has "
-        f"{layer[starts[first] : starts[first + 1]].tolist()}; add the rows that lack and sort by "
-        f"(request, position, layer) ({int(bad.sum())} tokens)"
-    ]
-
-
-def layer_mistakes(table: pa.Table, num_layers: int) -> list[str]:
-    """Facts of a token must be the same in its layers; predictions are null in the last layer and only
-    there.
-    """
-    found = []
-    facts = {"phase": _phase_index(table)}
-    if "token_id" in table.column_names:
-        facts["token_id"] = table["token_id"].to_numpy()
-    for name, values in facts.items():
-        rows = values.reshape(-1, num_layers)
-        differs = (rows != rows[:, :1]).ravel()
-        if differs.any():
-            row = int(differs.argmax())
-            found.append(
-                f"column {name}, row {row}: must be the same in every layer of a token; given "
-                f"{table[name][row]} "
-                f"after {table[name][row // num_layers * num_layers]}"
-            )
-    phases = set(table["phase"].unique().to_pylist())
-    if not phases <= set(PHASES):
-        found.append(f"column phase: must be prefill or decode; given {', '.join(sorted(phases - set(PHASES)))}")
-    for name, horizon in PREDICTED.items():
-        if name not in table.column_names:
-            continue
-        if horizon > 1 and predicted_column(horizon - 1) not in table.column_names:
-            found.append(f"column {name}: needs column {predicted_column(horizon - 1)} beside it; given none")
-        null = table[name].is_null().to_numpy(zero_copy_only=False)
-        wanted = np.arange(len(null)) % num_layers >= num_layers - horizon
-        if (null != wanted).any():
-            row = int((null != wanted).argmax())
-            rule = "null, as no layer follows" if wanted[row] else "given, as a layer follows"
-            found.append(f"column {name}, row {row}: must be {rule}; leave the whole column out otherwise")
-    return found
-
-
-def _phase_index(table: pa.Table) -> NDArray[np.int64]:
+def _phase_codes(column: pa.ChunkedArray) -> NDArray[np.int8]:
     """0 for prefill, 1 for decode, -1 for anything else, whatever order the dictionary has."""
     order = {phase: index for index, phase in enumerate(PHASES)}
     parts = [
-        np.asarray([order.get(word, -1) for word in chunk.dictionary.to_pylist()])[chunk.indices.to_numpy()]
-        for chunk in table["phase"].chunks
+        np.asarray([order.get(word, -1) for word in chunk.dictionary.to_pylist()], np.int8)[chunk.indices.to_numpy()]
+        for chunk in column.chunks
     ]
-    return np.concatenate(parts).astype(np.int64)
+    return np.concatenate(parts) if parts else np.empty(0, np.int8)
 
 
-def to_trace(table: pa.Table, header: dict[str, Any], layers: tuple[int, ...]) -> RoutingTrace:
-    """The trace in a table whose columns and layers are right."""
-    L = len(layers)
-
-    def lists(name: str, layers_held: int) -> NDArray[Any]:
-        flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[name].chunks])
-        size = table.schema.field(name).type.list_size
-        return flat.reshape(-1, layers_held, size) if layers_held else flat.reshape(table.num_rows // L, 0, size)
-
-    return RoutingTrace(
-        name=header["name"],
-        model=header["model"],
-        origin=header["origin"],
-        num_experts=header["num_experts"],
-        expert_ids_TLK=lists("expert_ids", L),
-        request_T=table["request"].to_numpy()[::L],
-        position_T=table["position"].to_numpy()[::L],
-        is_decode_T=_phase_index(table)[::L] == 1,
-        token_id_T=table["token_id"].to_numpy()[::L] if "token_id" in table.column_names else None,
-        layers=layers,
-        weights_TLK=lists("weights", L) if "weights" in table.column_names else None,
-        predicted_HTLW=tuple(
-            lists(name, max(L - horizon, 0)) for name, horizon in PREDICTED.items() if name in table.column_names
-        ),
-        scores_TLE=lists("scores", L) if "scores" in table.column_names else None,
-        provenance=header["provenance"],
-    )
+def _read_lists(name: str, column: pa.ChunkedArray, columns: Columns, found: list[str]) -> None:
+    """Add the values of a column of lists to `columns`: a view of one chunk, one copy of several."""
+    chunks = [chunk.flatten() for chunk in column.chunks]  # leaves null rows out
+    if any(chunk.null_count for chunk in chunks):
+        found.append(f"column {name}: no value inside a list may be null; fill it in")
+        return
+    parts = [chunk.to_numpy() for chunk in chunks] or [np.empty(0, column.type.value_type.to_pandas_dtype())]
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    columns.lists[name] = values.reshape(-1, column.type.list_size)
+    if name in PREDICTED:
+        columns.null[name] = column.is_null().to_numpy()

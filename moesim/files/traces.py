@@ -1,5 +1,7 @@
-"""Routing traces as Parquet: one row per (token, layer), so that a trace opens in any table tool.
+"""Routing traces as Parquet or Arrow: one row per (token, layer), so that a trace opens in any table tool.
 
+Parquet is small, and its pages have checksums; an `.arrow` file (the IPC format, not compressed) is many times larger
+and opens in a fraction of the time, as it is mapped into memory as it stands.
 Rows are sorted by (request, position, layer). What is true of the whole trace (name, model, origin, number of
 experts, provenance) is JSON in the schema metadata under the key `moesim`. The reader believes nothing: it
 checks every rule and reports all mistakes of a file at once.
@@ -14,20 +16,14 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moesim.files.trace_rows import mistakes_of_rows, to_trace
 from moesim.files.trace_rules import trace_mistakes
-from moesim.files.trace_table import (
-    LISTS,
-    column_mistakes,
-    find_layers,
-    header_facts,
-    layer_mistakes,
-    read_header,
-    to_table,
-    to_trace,
-)
+from moesim.files.trace_table import LISTS, header_facts, read_columns, read_header, to_table
 from moesim.routing.trace import RoutingTrace
 
 ROWS_PER_GROUP = 1 << 18
+ARROW_SUFFIX = ".arrow"
+_ARROW_MAGIC = b"ARROW1"
 
 
 def write_trace(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
@@ -48,16 +44,17 @@ class TraceWriter:
     requests only.
 
     Args:
-        path: the file to write.
+        path: the file to write; Arrow if the name ends in .arrow, else Parquet.
         keep_parts: when the `with` block ends with an exception, keep the parts written so far as a whole file,
-            if there are any. A killed process leaves no such file: Parquet is read from its end.
+            if there are any. A killed process leaves no such file: both formats are read from their end.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep_parts: bool = False) -> None:
         self.path = Path(path)
         self._keep_parts = keep_parts
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._writer: pq.ParquetWriter | None = None
+        self._as_arrow = self.path.suffix == ARROW_SUFFIX
+        self._writer: pq.ParquetWriter | pa.ipc.RecordBatchFileWriter | None = None
         self._first: tuple[object, ...] = ()
         self._last_request = -1
         self.num_parts = 0
@@ -77,8 +74,11 @@ class TraceWriter:
         table = to_table(part)
         try:
             if self._writer is None:
-                self._writer = _open(self._temporary, table.schema)
-            self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+                self._writer = _open(self._temporary, table.schema, self._as_arrow)
+            if self._as_arrow:
+                self._writer.write_table(table)  # in one piece, so that it can be read without a copy
+            else:
+                self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{self.path}: cannot write the trace: {error}; choose a writable folder") from error
         self._first = self._first or _agreed(part)
@@ -137,26 +137,21 @@ class TraceWriter:
 def read_trace(path: str | os.PathLike[str]) -> RoutingTrace:
     """The trace in the file `path`, checked against every rule.
 
+    Of a `.arrow` file the arrays are views of the memory-mapped file, as long as it was written in one part: only what
+    is touched is read.
+
     Raises:
         ValueError: the file is missing, is no trace, or breaks rules; all mistakes are listed, one a line,
             with column, row, the rule, what was given and what would do.
     """
     path = Path(path)
     table = _load(path)
-    header, mistakes = read_header(table.schema.metadata)
-    mistakes += column_mistakes(table)
-    if not mistakes and table.num_rows == 0:
-        mistakes = ["the trace is empty (no rows); capture some tokens"]
-    if not mistakes:
-        layers, mistakes = find_layers(table)
-    if not mistakes:
-        mistakes = layer_mistakes(table, len(layers))
+    header, mistakes = read_header(table)
+    columns, found = read_columns(table)
+    mistakes += found + mistakes_of_rows(columns, header)
     if mistakes:
         raise ValueError(_report(path, mistakes))
-    trace = to_trace(table, header, layers)
-    if mistakes := trace_mistakes(trace):
-        raise ValueError(_report(path, mistakes))
-    return trace
+    return to_trace(columns, header)
 
 
 def _report(path: Path, mistakes: list[str]) -> str:
@@ -167,21 +162,29 @@ def _report(path: Path, mistakes: list[str]) -> str:
 
 def _load(path: Path) -> pa.Table:
     if path.is_dir():
-        raise ValueError(f"{path}: a folder; give the name of a .parquet file in it")
+        raise ValueError(f"{path}: a folder; give the name of a .parquet or .arrow file in it")
     if not path.exists():
         raise ValueError(f"{path}: no such file; `moesim list traces` names the traces that come with moesim")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty; write the trace again")
+    with path.open("rb") as file:
+        is_arrow = file.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
     try:
-        table = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read()
+        if is_arrow:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        else:
+            table = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read()
         table.validate(full=True)
         return table
     except (OSError, ValueError, pa.ArrowException) as error:  # damage shows as any of them
-        raise ValueError(f"{path}: not a whole Parquet file ({error}); write the trace again") from error
+        kind = "Arrow" if is_arrow else "Parquet"
+        raise ValueError(f"{path}: not a whole {kind} file ({error}); write the trace again") from error
 
 
-def _open(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer in which ids are coded by dictionary and the bytes of weights apart, a tenth smaller together."""
+def _open(path: Path, schema: pa.Schema, as_arrow: bool) -> pq.ParquetWriter | pa.ipc.RecordBatchFileWriter:
+    """A writer; that of Parquet codes ids by dictionary and the bytes of weights apart, a tenth smaller together."""
+    if as_arrow:
+        return pa.ipc.new_file(str(path), schema)
     leaves = {name: f"{name}.list.element" if name in LISTS else name for name in schema.names}
     weights = leaves.pop("weights", None)
     return pq.ParquetWriter(
