@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.cli import cli
 from moesim.files.traces import TraceWriter, read_trace, write_trace
 from moesim.routing.trace import RoutingTrace
 
@@ -91,9 +93,20 @@ def test_round_trip(tmp_path_factory, seed, lengths, layers, experts, top_k, wei
     layers, top_k = tuple(sorted(layers)), min(top_k, experts)
     trace = made_trace(seed, lengths, layers, experts, top_k, weights, horizons, width, scores)
     trace = trace if tokens else replace(trace, token_id_T=None)
-    path = tmp_path_factory.mktemp("trace") / "t.parquet"
-    write_trace(trace, path)
-    assert_same(trace, read_trace(path))
+    folder = tmp_path_factory.mktemp("trace")
+    for path in (folder / "t.parquet", folder / "t.arrow"):
+        write_trace(trace, path)
+        assert_same(trace, read_trace(path))
+
+
+def test_an_arrow_file_is_mapped_not_copied(tmp_path):
+    trace = made_trace(lengths=(300, 500), horizons=0)
+    write_trace(trace, tmp_path / "t.arrow")
+    before = pa.total_allocated_bytes()
+    read = read_trace(tmp_path / "t.arrow")
+    assert not read.expert_ids_TLK.flags.owndata and not read.expert_ids_TLK.flags.writeable
+    assert pa.total_allocated_bytes() == before  # Arrow holds nothing of it in memory of its own
+    assert_same(trace, read)
 
 
 def test_file_is_a_plain_table(tmp_path):
@@ -121,15 +134,16 @@ def test_file_is_a_plain_table(tmp_path):
     assert header["num_experts"] == 8 and header["origin"] == "synthetic"
 
 
-def test_parts_written_one_by_one_make_the_same_trace(tmp_path):
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+def test_parts_written_one_by_one_make_the_same_trace(tmp_path, name):
     whole = made_trace(lengths=(3, 5, 2))
-    path = tmp_path / "t.parquet"
+    path = tmp_path / name
     with TraceWriter(path) as writer:
         for keep in (whole.request_T == 0, whole.request_T > 0):
             writer.append(whole.take(keep))
         assert not path.exists(), "the file must not appear before it is whole"
     assert_same(whole, read_trace(path))
-    assert [p.name for p in tmp_path.iterdir()] == ["t.parquet"]
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_parts_that_disagree_are_refused(tmp_path):
@@ -205,6 +219,7 @@ def with_values(table, column, change):
         (lambda path: path.write_bytes(b""), "the file is empty"),
         (lambda path: path.write_bytes(b"PAR1 not really"), "not a whole Parquet file"),
         (lambda path: path.write_text("request,position\n1,2\n"), "not a whole Parquet file"),
+        (lambda path: path.write_bytes(b"ARROW1 not really"), "not a whole Arrow file"),
     ],
 )
 def test_no_trace_at_all(tmp_path, make, says):
@@ -216,24 +231,31 @@ def test_no_trace_at_all(tmp_path, make, says):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
-def test_truncated_file(tmp_path, share):
-    path = tmp_path / "t.parquet"
+@pytest.mark.parametrize(("name", "kind"), [("t.parquet", "Parquet"), ("t.arrow", "Arrow")])
+def test_truncated_file(tmp_path, name, kind, share):
+    path = tmp_path / name
     write_trace(made_trace(), path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(ValueError, match="not a whole Parquet file"):
+    with pytest.raises(ValueError, match=f"not a whole {kind} file"):
         read_trace(path)
 
 
-def test_damaged_bytes_never_escape_as_another_error(tmp_path):
-    path = tmp_path / "t.parquet"
-    write_trace(made_trace(), path)
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+@pytest.mark.parametrize("flip", [0x01, 0xFF])
+def test_damaged_bytes_never_escape_as_another_error(tmp_path, name, flip):
+    path = tmp_path / name
+    trace = made_trace(horizons=3, scores=True)
+    write_trace(trace, path)
     whole = path.read_bytes()
-    for place in range(4, len(whole), max(1, len(whole) // 60)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+    for place in range(0, len(whole), max(1, len(whole) // 150)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
         try:
-            read_trace(path)
+            read = read_trace(path)
         except ValueError as error:
             assert str(path) in str(error)
+        else:  # where nothing is found, at least what Parquet has checksums of is as it was
+            if name == "t.parquet":
+                np.testing.assert_array_equal(read.expert_ids_TLK, trace.expert_ids_TLK)
 
 
 def test_foreign_table_lists_every_lacking_column(tmp_path):
@@ -248,6 +270,12 @@ def test_wrong_types(tmp_path):
     index = table.column_names.index("layer")
     table = table.set_column(index, "layer", table["layer"].cast(pa.float64()))
     assert "column layer must be int16; given double" in read_changed(tmp_path, table)
+
+
+def test_a_column_that_stands_there_twice(tmp_path):
+    table = written_table(tmp_path)
+    table = table.append_column("layer", table["layer"])
+    assert "column layer stands there more than once" in read_changed(tmp_path, table)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +385,43 @@ def test_a_null_inside_a_list(tmp_path):
 def test_more_experts_per_token_than_experts(tmp_path):
     with pytest.raises(ValueError, match="cannot choose 2 of 1 experts"):
         write_trace(replace(made_trace(), num_experts=1), tmp_path / "t.parquet")
+
+
+def test_mistakes_of_every_kind_are_told_in_one_go(tmp_path):
+    """Lacking layers hide neither a wrong id, nor a wrong weight, nor a wrong type, nor a wrong header."""
+    table = written_table(tmp_path)
+    table = with_values(table, "expert_ids", lambda v: v.__setitem__(4, [3, 8]))
+    table = with_values(table, "weights", lambda v: v.__setitem__(10, [float("nan"), 0.5]))
+    table = with_values(table, "position", lambda v: v.__setitem__(slice(0, 3), [-1, -1, -1]))
+    index = table.column_names.index("token_id")
+    table = table.set_column(index, "token_id", table["token_id"].cast(pa.int64()))
+    header = json.loads(table.schema.metadata[b"moesim"]) | {"origin": "guessed"}
+    table = table.replace_schema_metadata({b"moesim": json.dumps(header)})
+    said = read_changed(tmp_path, table.take([row for row in range(table.num_rows) if row != 20]))
+    for words in (
+        "6 mistakes",
+        "header: origin must be one of",
+        "column token_id must be int32; given int64",
+        "column layer, row 18: each token must have the layers [1, 2, 4]",
+        "column position, row 0: must not be negative; given -1 (3 rows)",
+        "column expert_ids, row 4: expert ids must be below num_experts = 8; given [3, 8]",
+        "column weights, row 10: gate weights must be finite",
+    ):
+        assert words in said, said
+
+
+def test_moesim_trace_check(tmp_path):
+    good, bad = tmp_path / "good.arrow", tmp_path / "bad.parquet"
+    write_trace(made_trace(), good)
+    table = with_values(written_table(tmp_path), "weights", lambda v: v.__setitem__(10, [float("nan"), 0.5]))
+    pq.write_table(with_values(table, "expert_ids", lambda v: v.__setitem__(7, [5, 5])), bad)
+    ran = CliRunner().invoke(cli, ["trace", "check", str(good), str(bad), "olmoe-shape-16x64"])
+    assert ran.exit_code == 2
+    assert f"{good}: trace of 8 tokens, 3 layers x 8 experts, top 2, synthetic" in ran.stdout
+    assert "olmoe-shape-16x64: trace of" in ran.stdout
+    assert f"error: {bad}: not a right routing trace, 2 mistakes" in ran.stderr
+    assert "column expert_ids, row 7" in ran.stderr and "column weights, row 10" in ran.stderr
+    assert CliRunner().invoke(cli, ["trace", "check", str(good)]).exit_code == 0
 
 
 def test_a_million_rows_are_read_in_seconds(tmp_path):

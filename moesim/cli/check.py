@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
+
+_TRACE_SUFFIXES = (".parquet", ".arrow")
 
 
 @click.command("check")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 def check_command(paths: tuple[Path, ...]) -> None:
-    """Check PATHS: scenarios and machines (.toml), traces (.parquet), models (config.json or its folder)."""
+    """Check PATHS: scenarios and machines (.toml), traces (.parquet, .arrow), models (config.json or its folder)."""
+    check_all(paths, _check)
+
+
+def check_all(paths: Iterable[Path], say: Callable[[Path], str]) -> None:
+    """Print what `say` makes of each path; after errors on any of them, exit with 2."""
     broken = 0
     for path in paths:
         try:
-            click.echo(f"{path}: {_check(path)}")
+            click.echo(f"{path}: {say(path)}")
         except ValueError as error:
             broken += 1
             text = str(error)
@@ -24,14 +32,25 @@ def check_command(paths: tuple[Path, ...]) -> None:
         sys.exit(2)
 
 
+def say_trace(path: Path) -> str:
+    """What a right trace file holds.
+
+    Raises:
+        ValueError: every mistake of the file, with column and row.
+    """
+    from moesim.files.scenarios import load_trace
+
+    trace = load_trace(str(path))
+    shape = f"{trace.num_layers} layers x {trace.num_experts} experts, top {trace.top_k}"
+    return f"trace of {trace.num_tokens} tokens, {shape}, {trace.origin}"
+
+
 def _check(path: Path) -> str:
     """What the file is, in a few words, once nothing is wrong with it."""
     from moesim.files import hardware, models, scenarios, tables
 
-    if path.suffix == ".parquet":
-        trace = scenarios.load_trace(str(path))
-        shape = f"{trace.num_layers} layers x {trace.num_experts} experts, top {trace.top_k}"
-        return f"trace of {trace.num_tokens} tokens, {shape}, {trace.origin}"
+    if path.suffix in _TRACE_SUFFIXES:
+        return say_trace(path)
     if path.suffix == ".json" or (path.is_dir() and (path / "config.json").exists()):
         model = models.load_model(str(path))
         return f"model with {model.num_params / 1e9:.2f} billion parameters"

@@ -40,7 +40,9 @@ def trace_mistakes(trace: RoutingTrace) -> list[str]:
 
 def _token_rules(trace: RoutingTrace) -> list[str]:
     facts: dict[str, NDArray[Any]] = {
-        "request": trace.request_T, "position": trace.position_T, "phase": trace.is_decode_T.astype(np.int8),
+        "request": trace.request_T,
+        "position": trace.position_T,
+        "phase": trace.is_decode_T.astype(np.int8),
     }
     if trace.token_id_T is not None:
         facts["token_id"] = trace.token_id_T
@@ -177,7 +179,7 @@ def too_many_experts(top_k: int, num_experts: int) -> str:
 def id_mistakes(
     column: str, ids: NDArray[Any], num_experts: int, row_N: NDArray[np.integer] | None = None
 ) -> list[str]:
-    """Range and distinctness of ids [..., K]; entry n of `row_N`, else n, is the row of the file with the n-th K ids."""
+    """Range and distinctness of ids [..., K]; the n-th K ids stand in row `row_N[n]` of the file, or row n."""
     ids_NK = ids.reshape(-1, ids.shape[-1])
     out, twice = bad_ids(ids_NK, num_experts)
     rules = (
@@ -185,8 +187,8 @@ def id_mistakes(
         (twice, "a token's experts must be distinct", "keep each expert once"),
     )
     return [
-        f"column {column}, row {bad.first if row_N is None else row_N[bad.first]}: {rule}; given {ids_NK[bad.first].tolist()}; "
-        f"{remedy} ({_rows(bad.rows)})"
+        f"column {column}, row {bad.first if row_N is None else row_N[bad.first]}: {rule}; "
+        f"given {ids_NK[bad.first].tolist()}; {remedy} ({_rows(bad.rows)})"
         for bad, rule, remedy in rules
         if bad.rows
     ]

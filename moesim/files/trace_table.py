@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,9 @@ def read_columns(table: pa.Table) -> tuple[Columns, list[str]]:
     """The right columns, and what is wrong with the others: they lack, have another type, or hold nulls."""
     columns, found = Columns(table.num_rows), []
     given_names = ", ".join(table.column_names)
+    twice = sorted(name for name, times in Counter(table.column_names).items() if times > 1)
+    if twice:  # no column can be asked for by such a name
+        return columns, [f"column {name} stands there more than once; keep it once" for name in twice]
     for name, (kind, said) in _SCALARS.items():
         if name not in table.column_names:
             if name != "token_id":
