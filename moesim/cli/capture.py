@@ -42,7 +42,7 @@ class TokenRange(click.ParamType):  # type: ignore[type-arg]
     type=click.Path(path_type=Path),
     help='Text file to cut prompts from, or a .jsonl of {"text": "..."} lines.',
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Trace file to write (.parquet).")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Trace file to write (.parquet, .arrow).")
 @click.option("--requests", default=64, show_default=True, help="Prompts to run.")
 @click.option("--prompt-tokens", type=TokenRange(), default="128", show_default=True, help="Prompt length, or range.")
 @click.option("--output-tokens", default=64, show_default=True, help="Tokens that each request generates.")

@@ -22,7 +22,9 @@ class Selection(click.ParamType):  # type: ignore[type-arg]
 
 @click.command("convert")
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Trace file to write (.parquet).")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="To write: .parquet; .arrow but for counts."
+)
 @click.option("--format", "format_name", metavar="NAME", help="Of the sources; told from the files where not given.")
 @click.option("--name", help="Of the trace; the file's, or the folder's, where not given.")
 @click.option("--model", help="Whose router it is.")

@@ -13,7 +13,9 @@ from moesim.cli.trace.shape import SHAPE
 
 @click.command("sample")
 @click.argument("generator", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Trace file to write (.parquet).")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Trace file to write (.parquet, .arrow)."
+)
 @click.option("--requests", default=64, show_default=True, help="Requests to make.")
 @click.option("--prompt-tokens", type=TokenRange(), help="Prompt length, or range; as fitted where not given.")
 @click.option("--output-tokens", type=TokenRange(), help="Answer length, or range; as fitted where not given.")
