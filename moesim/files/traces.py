@@ -178,7 +178,10 @@ def _load(path: Path) -> pa.Table:
         return table
     except (OSError, ValueError, pa.ArrowException) as error:  # damage shows as any of them
         kind = "Arrow" if is_arrow else "Parquet"
-        raise ValueError(f"{path}: not a whole {kind} file ({error}); write the trace again") from error
+        raise ValueError(
+            f"{path}: not a whole {kind} file ({error}); write the trace again, or make one of another "
+            "tool's file with `moesim trace convert`"
+        ) from error
 
 
 def _open(path: Path, schema: pa.Schema, as_arrow: bool) -> pq.ParquetWriter | pa.ipc.RecordBatchFileWriter:
