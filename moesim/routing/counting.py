@@ -30,35 +30,40 @@ class Counts:
     traffic_CLR: Ints
 
 
-_BLOCK = 128  # tokens whose ids stay in cache while one layer's tables are at hand
+_BLOCK = 256  # tokens whose ids stay in cache while one layer's tables are at hand
+_RANK_SHIFT = 32
 
 
 @njit(cache=True)
 def _count(  # type: ignore[no-untyped-def]
-    ids_TLK, rows_B, source_B, base_R, slot_LXE, rank_P, slots_per_rank, load_LP, sent_LRR, stamp_LR
+    ids_TLK, rows_B, source_B, order_B, base_R, place_LXE, slots_per_rank, load_LP, sent_LRR, stamp_LR
 ):
     """Count, block by block: the rows of a block are copied together first, so that they stream from memory once.
 
-    The inner loop has no branch that depends on the data, since mispredicted ones would cost more than the counting,
+    Tokens are taken in `order_B`, by source, so that what a source has sent stays in the first level of the cache;
+    `place_LXE` is the slot of an expert and, above `_RANK_SHIFT` bits, its rank, so that both are one look-up. The
+    inner loop has no branch that depends on the data, since mispredicted ones would cost more than the counting,
     makes no array views, each of which costs an atomic count of references, and indexes with unsigned numbers, which
     need no check for wrapping around.
     """
-    num_layers, top_k, num_choices = ids_TLK.shape[1], ids_TLK.shape[2], slot_LXE.shape[1]
+    num_layers, top_k, num_choices = ids_TLK.shape[1], ids_TLK.shape[2], place_LXE.shape[1]
+    shift = np.uint64(_RANK_SHIFT)
+    slot_bits = (np.uint64(1) << shift) - np.uint64(1)
     block_BLK = np.empty((_BLOCK, num_layers, top_k), ids_TLK.dtype)
     for first in range(0, rows_B.size, _BLOCK):
         size = min(_BLOCK, rows_B.size - first)
         for i in range(size):
-            block_BLK[i] = ids_TLK[rows_B[first + i]]
+            block_BLK[i] = ids_TLK[rows_B[order_B[first + i]]]
         for layer in range(num_layers):
-            slot_XE, load_P, stamp_R, sent_RR = slot_LXE[layer], load_LP[layer], stamp_LR[layer], sent_LRR[layer]
+            place_XE, load_P, stamp_R, sent_RR = place_LXE[layer], load_LP[layer], stamp_LR[layer], sent_LRR[layer]
             for i in range(size):
-                source, stamp = source_B[first + i], np.int32(first + i)
-                choice = (first + i) % num_choices
+                token = order_B[first + i]
+                source, stamp, choice = source_B[token], np.int32(token), token % num_choices
                 base, base_slot = np.uint64(base_R[source]), np.uint64(base_R[source] * slots_per_rank)
                 for k in range(top_k):
-                    slot = np.uint64(slot_XE[choice, block_BLK[i, layer, k]])
-                    rank = base + np.uint64(rank_P[slot])
-                    load_P[base_slot + slot] += 1
+                    place = place_XE[choice, block_BLK[i, layer, k]]
+                    rank = base + (place >> shift)
+                    load_P[base_slot + (place & slot_bits)] += 1
                     sent_RR[source, rank] += np.int32(stamp_R[rank] != stamp)
                     stamp_R[rank] = stamp
 
@@ -112,7 +117,9 @@ class Counter:
     """
 
     def __init__(self, placement: Placement, num_experts: int, num_ranks: int, node_R: Ints) -> None:
-        self._tables = SlotTables.of(placement, num_experts)
+        tables = SlotTables.of(placement, num_experts)
+        rank_LXE = tables.rank_P[tables.slot_LXE].astype(np.uint64)
+        self._place_LXE = tables.slot_LXE.astype(np.uint64) | rank_LXE << np.uint64(_RANK_SHIFT)
         self.num_layers, num_slots = placement.slot_expert_LP.shape
         self._slots_per_rank = num_slots // placement.ep
         self._base_R = (np.arange(num_ranks) // placement.ep * placement.ep).astype(np.int32)
@@ -134,7 +141,7 @@ class Counter:
         stamp_LR = np.full(shape, -1, np.int32)
         self._sent_LRR[:] = 0
         _count(
-            ids_TLK, rows_B, source_B, self._base_R, self._tables.slot_LXE, self._tables.rank_P,
+            ids_TLK, rows_B, source_B, np.argsort(source_B, kind="stable"), self._base_R, self._place_LXE,
             self._slots_per_rank, load_LP, self._sent_LRR, stamp_LR,
         )  # fmt: skip
         _sum_traffic(self._sent_LRR, self._node_R, traffic_CLR)
