@@ -13,7 +13,7 @@ $(VENV)/run.stamp: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,capture]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,capture,kernels]'
 	touch $@ $(VENV)/run.stamp
 
 demo: $(VENV)/run.stamp

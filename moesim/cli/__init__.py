@@ -9,8 +9,10 @@ import click
 from moesim.cli.capture import capture_command
 from moesim.cli.check import check_command
 from moesim.cli.list import list_command
+from moesim.cli.profile import profile_group
 from moesim.cli.run import run_command
 from moesim.cli.trace import trace_group
+from moesim.cli.validate import validate_group
 from moesim.version import __version__
 
 
@@ -20,7 +22,9 @@ def cli() -> None:
     """Simulate Mixture-of-Experts systems: how long, how much, and why."""
 
 
-for command in (run_command, check_command, list_command, capture_command, trace_group):
+for command in (
+    run_command, check_command, list_command, capture_command, trace_group, profile_group, validate_group
+):  # fmt: skip
     cli.add_command(command)
 
 

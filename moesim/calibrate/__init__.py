@@ -1,0 +1,1 @@
+"""Fitting the few constants that kernels do not show to real runs, and how sure the predictions are then."""

@@ -1,0 +1,16 @@
+"""`moesim validate`: predicted against measured."""
+
+from __future__ import annotations
+
+import click
+
+COMMANDS: tuple[click.Command, ...] = ()
+
+
+@click.group("validate")
+def validate_group() -> None:
+    """Compare predictions with measurements: errors, coverage, and a table of every case."""
+
+
+for command in COMMANDS:
+    validate_group.add_command(command)

@@ -1,0 +1,1 @@
+"""Measured tables of kernels as files, and readers of other tools' tables."""

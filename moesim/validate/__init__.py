@@ -1,0 +1,1 @@
+"""Predicted against measured: each validation is a table of cases, with errors and coverage."""

@@ -1,0 +1,92 @@
+"""Cases of predicted against measured seconds, and what they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement and its prediction, in seconds.
+
+    Attributes:
+        case: what was measured, in words; unique in its validation.
+        measured, predicted: seconds.
+        low, high: ends of the 90 % interval of the prediction.
+        fitted: whether a constant of the prediction was fitted to this very case; such cases count in no error.
+        group: what the case is summed up under, such as a device and an operator; "" for none.
+        baseline: seconds that a plain roofline gives; None where it was not asked.
+    """
+
+    case: str
+    measured: float
+    predicted: float
+    low: float
+    high: float
+    fitted: bool = False
+    group: str = ""
+    baseline: float | None = None
+
+    @property
+    def error(self) -> float:
+        """Signed relative error of the prediction."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether the measurement lies in the interval."""
+        return self.low <= self.measured <= self.high
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The cases of one validation, and further facts of it.
+
+    facts: name -> number or words, such as the run-to-run spread of the machine.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    facts: dict[str, Any]
+
+    def groups(self) -> list[str]:
+        """Names of the groups, in order of appearance."""
+        return list(dict.fromkeys(case.group for case in self.cases))
+
+    def as_json(self) -> dict[str, Any]:
+        """The machine-readable shape of `moesim validate NAME --json`."""
+        table = [
+            {
+                key: getattr(case, key)
+                for key in ("case", "measured", "predicted", "low", "high", "fitted", "group", "baseline")
+            }
+            for case in self.cases
+        ]
+        return {"name": self.name, **summary(self.cases), "facts": self.facts, "table": table}
+
+
+def summary(cases: Sequence[Case]) -> dict[str, float | int]:
+    """Rows, errors and coverage of the cases that no constant was fitted to.
+
+    `median_abs_error`, `p75_abs_error` and `p90_abs_error` are of |predicted / measured - 1|; `bias` is the median of
+    the signed error; `coverage_90` is the share of measurements inside their 90 % intervals. Those with `baseline_` are
+    of the roofline beside it, over the cases that have one.
+    """
+    judged = [case for case in cases if not case.fitted]
+    found: dict[str, float | int] = {"rows": len(judged)}
+    if not judged:
+        return found
+    errors = np.array([case.error for case in judged])
+    for name, share in (("median", 50), ("p75", 75), ("p90", 90)):
+        found[f"{name}_abs_error"] = float(np.percentile(np.abs(errors), share))
+    found["bias"] = float(np.median(errors))
+    found["coverage_90"] = float(np.mean([case.is_covered for case in judged]))
+    plain = [abs(case.baseline / case.measured - 1) for case in judged if case.baseline is not None]
+    if plain:
+        for name, share in (("median", 50), ("p90", 90)):
+            found[f"baseline_{name}_abs_error"] = float(np.percentile(plain, share))
+    return found
