@@ -1,5 +1,7 @@
 """Mixers: what moves information between the tokens of a layer, and what each keeps for the tokens to come.
 
+`matmuls` are the products of rows with a weight, as (n, k), n columns made of k, that each of `tp` ranks does.
+
 Attention of several kinds keeps keys and values for every token; state-space and linear mixers keep one state for each
 request.
 """
@@ -39,6 +41,11 @@ class Attention:
         params = hidden_size * (2 * q + 2 * kv)
         params += (q + 2 * kv) * self.bias + hidden_size * self.out_bias + self.num_heads * self.sinks
         return params + {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
+
+    def matmuls(self, hidden_size: int, tp: int = 1) -> tuple[tuple[int, int], ...]:
+        """q, k and v as one product, and o: (n, k) on each rank; there is at least one KV head on each."""
+        q, kv = self.num_heads * self.head_dim // tp, max(self.num_kv_heads // tp, 1) * self.head_dim
+        return (q + 2 * kv, hidden_size), (hidden_size, q)
 
     def kv_values_per_token(self) -> int:
         """Numbers kept in the KV cache for each token (within the window, where there is one)."""
@@ -88,6 +95,16 @@ class LatentAttention:
         params += biases * self.bias
         return params + self.num_heads * self.v_head_dim * hidden_size
 
+    def matmuls(self, hidden_size: int, tp: int = 1) -> tuple[tuple[int, int], ...]:
+        """The two down-projections as one, which every rank does whole; up-projections; o: (n, k) on each rank."""
+        heads, latent = self.num_heads // tp, self.kv_lora_rank + self.qk_rope_head_dim
+        up = (heads * (self.qk_nope_head_dim + self.v_head_dim), self.kv_lora_rank)
+        out = (hidden_size, heads * self.v_head_dim)
+        if self.q_lora_rank is None:
+            return (heads * self.head_dim + latent, hidden_size), up, out
+        down = (self.q_lora_rank + latent, hidden_size)
+        return down, (heads * self.head_dim, self.q_lora_rank), up, out
+
     def kv_values_per_token(self) -> int:
         """The latent and the shared rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
@@ -124,6 +141,12 @@ class Mamba:
         params += inner * self.state_size + inner + inner * hidden_size
         return params + (self.dt_rank + 2 * self.state_size) * self.inner_norms
 
+    def matmuls(self, hidden_size: int, tp: int = 1) -> tuple[tuple[int, int], ...]:
+        """Input, x, dt and output projections: (n, k) on each rank."""
+        inner = self.expand * hidden_size // tp
+        made = (2 * inner, hidden_size), (self.dt_rank + 2 * self.state_size, inner), (inner, self.dt_rank)
+        return *made, (hidden_size, inner)
+
     def kv_values_per_token(self) -> int:
         """Nothing grows with the length."""
         return 0
@@ -152,6 +175,12 @@ class LinearAttention:
         """Projections q, k, v, an output gate, and o."""
         params = hidden_size * self.num_heads * (2 * self.key_head_dim + 3 * self.value_head_dim)
         return params + self.num_heads * self.value_head_dim * self.norm
+
+    def matmuls(self, hidden_size: int, tp: int = 1) -> tuple[tuple[int, int], ...]:
+        """q, k, v and the gate as one product, and o: (n, k) on each rank."""
+        heads = self.num_heads // tp
+        made = 2 * heads * (self.key_head_dim + self.value_head_dim)
+        return (made, hidden_size), (hidden_size, heads * self.value_head_dim)
 
     def kv_values_per_token(self) -> int:
         """Nothing grows with the length."""

@@ -56,6 +56,11 @@ class Dense:
         matrices = 3 if self.gated else 2
         return matrices * hidden_size * self.width + self.bias * ((matrices - 1) * self.width + hidden_size)
 
+    def matmuls(self, hidden_size: int, cut: int = 1) -> tuple[tuple[int, int], ...]:
+        """Its products (n, k), gate and up as one, with the width cut in `cut`."""
+        width = self.width // cut
+        return ((1 + self.gated) * width, hidden_size), (hidden_size, width)
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -94,6 +99,11 @@ class Experts:
         params = self.expert_params(hidden_size, self.shared_width)
         params += self.expert_params(hidden_size, self.residual_width)
         return params + hidden_size * self.shared_gate
+
+    def shared_matmuls(self, hidden_size: int, cut: int = 1) -> tuple[tuple[int, int], ...]:
+        """Products (n, k) of the shared experts and of a residual network, with their widths cut in `cut`."""
+        widths = [width for width in (self.shared_width, self.residual_width) if width]
+        return tuple(shape for width in widths for shape in Dense(width, self.gated).matmuls(hidden_size, cut))
 
     def routed_params(self, hidden_size: int) -> int:
         """All routed experts together."""

@@ -44,6 +44,32 @@ def counted(spec, published, which):
     return ours - left_out[published.get(f"{which}_excludes", "")] + added[published.get(f"{which}_includes", "")]
 
 
+@pytest.mark.parametrize("name", preset_names())
+def test_products_are_the_matrices_that_are_counted(name):
+    """What is left of a part's parameters is vectors: biases, norms, and a state-space block's own arrays."""
+    spec = load_model(name)
+    h = spec.hidden_size
+    for layer in spec.layers:
+        parts = [(m.matmuls(h), m.num_params(h)) for m in (layer.mixer,) if m]
+        if isinstance(layer.ffn, Dense):
+            parts.append((layer.ffn.matmuls(h), layer.ffn.num_params(h)))
+        elif layer.ffn and layer.ffn.shared_width:
+            parts.append((layer.ffn.shared_matmuls(h), layer.ffn.shared_params(h)))
+        for shapes, params in parts:
+            assert 0.99 * params <= sum(n * k for n, k in shapes) <= params
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_products_are_cut_by_tensor_parallelism(tp):
+    """Every rank has its share; what cannot be cut (few KV heads, MLA's down-projections) each has whole."""
+    heads = Attention(32, 4, 128)
+    assert heads.matmuls(4096, tp) == (((32 + 2 * max(4, tp)) * 128 // tp, 4096), (4096, 32 * 128 // tp))
+    latent = LatentAttention(128, 1536, 512, 128, 64, 128)
+    whole, cut = latent.matmuls(7168), latent.matmuls(7168, tp)
+    assert cut[0] == whole[0] == (1536 + 512 + 64, 7168)
+    assert [n for n, _ in cut[1:3]] == [n // tp for n, _ in whole[1:3]] and cut[3][1] == whole[3][1] // tp
+
+
 def test_the_presets_are_those_checked_by_hand():
     assert set(KV_BYTES_PER_TOKEN) == set(preset_names())
     assert len(preset_names()) >= 23

@@ -27,16 +27,6 @@ def source(device: Device, *kinds: str) -> int:
     return max(SOURCES.index(device.efficiency.get(kind, UNKNOWN).source) for kind in kinds)
 
 
-def shares(work_s: float, overhead_s: float, device: Device, *kinds: str) -> Floats:
-    """Share of a time that rests on each of `SOURCES`: work on its efficiencies, overhead on the launch time."""
-    rests = np.zeros(len(SOURCES))
-    total = work_s + overhead_s
-    if total:
-        rests[source(device, *kinds)] += work_s / total
-        rests[launch_source(device)] += overhead_s / total
-    return rests
-
-
 def launch_s(device: Device, bound: str) -> float:
     """Seconds to start one kernel; believed within a factor of two where it was not measured."""
     factor = {"value": 1.0, "low": 2.0, "high": 0.5}[bound] if launch_source(device) else 1.0

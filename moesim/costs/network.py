@@ -1,6 +1,6 @@
 """Seconds of collectives on a cluster of two levels: bytes over the achieved bandwidth of a level, and time to start.
 
-The time to start (`start_s`: latency and launch) is apart from the bytes, since it rests on other numbers.
+Latency is apart from the bytes, since it rests on other numbers.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.costs.compute import efficiency, launch_s
+from moesim.costs.compute import efficiency
 from moesim.hardware import Cluster, Link
 
 Floats = NDArray[np.float64]
@@ -44,9 +44,9 @@ def half_all_reduce_s(num_bytes: Floats, size: int, cluster: Cluster, bound: str
     return np.asarray((size - 1) / size * num_bytes / rate)
 
 
-def start_s(size: int, cluster: Cluster, bound: str = "value") -> float:
-    """Latency of the slowest level that `size` neighbouring ranks span, and the launch of one kernel."""
-    return _level(size, cluster).latency_s + launch_s(cluster.device, bound)
+def latency_s(size: int, cluster: Cluster) -> float:
+    """Latency of the slowest level that `size` neighbouring ranks span."""
+    return _level(size, cluster).latency_s
 
 
 def _level(size: int, cluster: Cluster) -> Link:

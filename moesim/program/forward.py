@@ -7,7 +7,7 @@ around the experts, and each rank dispatches its share of the group's tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -15,7 +15,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.costs import compute, network
+from moesim.costs import network
+from moesim.costs.operators import Operators, Timed, stacked
 from moesim.hardware import SOURCES, Cluster
 from moesim.layout import Layout
 from moesim.mixers import Attention, LatentAttention, Mamba, Mixer
@@ -144,93 +145,91 @@ class Forward:
         num_ops, num_ranks, tp = len(self.program.operations), self.program.num_ranks, self._tp
         costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
         tokens_D = np.bincount(batch.group_B, minlength=self._dp).astype(np.float64)
-        device, launch_s = self.cluster.device, compute.launch_s(self.cluster.device, bound)
+        ops, h, dtypes = Operators(self.cluster.device, bound), self.model.hidden_size, self.model.dtypes
 
-        def put(
-            name: str, work: Floats, overhead: Floats | float, kinds: tuple[str, ...], num_bytes: Floats | float = 0.0
-        ) -> None:
-            """Write one part of the step: work and overhead broadcast over its layers and ranks."""
+        def put(name: str, timed: Timed, num_bytes: Floats | float = 0.0) -> None:
+            """Write one part of the step, broadcast over its layers and ranks."""
             if rows := self._rows.get(name):
-                costs.seconds_NR[rows] = work + overhead
+                costs.seconds_NR[rows] = timed.seconds
                 costs.bytes_NR[rows] = num_bytes
-                over = float(np.mean(overhead))
-                costs.shares_NX[rows] = compute.shares(float(np.mean(work)), over, device, *kinds)
+                costs.shares_NX[rows] = timed.shares_X
 
-        per_mixer: dict[Mixer, Floats] = {}
-        attention, launches, dense = [], [], []
+        per_mixer: dict[Mixer, Timed] = {}
+        attention: list[Timed] = []
+        dense: list[Timed] = []
         for layer in self.model.layers:
             if layer.mixer:
                 if layer.mixer not in per_mixer:
-                    per_mixer[layer.mixer] = self._attention_D(layer.mixer, batch, tokens_D, bound)
+                    launches = ops.launches(7.0 if isinstance(layer.mixer, LatentAttention) else 4.0)
+                    per_mixer[layer.mixer] = self._attention_D(ops, layer.mixer, batch, tokens_D) + launches
                 attention.append(per_mixer[layer.mixer])
-                launches.append(7.0 if isinstance(layer.mixer, LatentAttention) else 4.0)
             if isinstance(layer.ffn, Dense):
-                params = layer.ffn.num_params(self.model.hidden_size) / tp
-                dense.append(self._rows_s(params, tokens_D, self.model.dtypes.dense, bound))
-        if attention:
-            overhead = np.array(launches)[:, None] * launch_s
-            put("attention", np.repeat(np.array(attention), tp, axis=1), overhead, ("gemm", "attention", "memory"))
-        if dense:
-            put("dense", np.repeat(np.array(dense), tp, axis=1), 3 * launch_s, ("gemm", "memory"))
-        put("head", self._head_R(batch, bound), 2 * launch_s, ("gemm", "memory"))
+                dense.append(self._matmuls(ops, layer.ffn.matmuls(h, tp), tokens_D, dtypes.dense) + ops.launches(3.0))
+        for name, layers in (("attention", attention), ("dense", dense)):
+            if layers:
+                put(name, stacked(layers).repeated(tp))
+        put("head", self._head_R(ops, batch))
         if tp > 1:
-            buffer_R = np.repeat(tokens_D, tp) * self.model.hidden_size * self._activation_bytes
-            half_s, moved = network.half_all_reduce_s(buffer_R, tp, self.cluster, bound), buffer_R * (tp - 1) / tp
-            start_s = network.start_s(tp, self.cluster, bound)
-            put("allreduce", 2 * half_s, 2 * start_s - launch_s, ("network",), 2 * moved)
-            put("reduce_scatter", half_s, start_s, ("network",), moved)
-            put("all_gather", half_s, start_s, ("network",), moved)
+            self._price_tp(put, ops, tokens_D)
         if self.model.moe_layers:
-            self._price_experts(put, counts, tokens_D, bound)
+            self._price_experts(put, ops, counts, tokens_D)
         return costs
 
     @property
     def _activation_bytes(self) -> float:
         return BYTES_PER_PARAM[self.model.dtypes.activation]
 
-    def _price_experts(self, put: Callable[..., None], counts: Counts | None, tokens_D: Floats, bound: str) -> None:
-        ffn, h, device, dtypes = self.model.experts, self.model.hidden_size, self.cluster.device, self.model.dtypes
-        launch_s = compute.launch_s(device, bound)
+    def _price_tp(self, put: Callable[..., None], ops: Operators, tokens_D: Floats) -> None:
+        tp = self._tp
+        buffer_R = np.repeat(tokens_D, tp) * self.model.hidden_size * self._activation_bytes
+        half_s = network.half_all_reduce_s(buffer_R, tp, self.cluster, ops.bound)
+        half, moved = ops.network(half_s) + self._start(ops, tp), buffer_R * (tp - 1) / tp
+        put("allreduce", ops.network(2 * half_s) + self._start(ops, tp, 2), 2 * moved)
+        put("reduce_scatter", half, moved)
+        put("all_gather", half, moved)
+
+    def _start(self, ops: Operators, size: int, times: int = 1) -> Timed:
+        """Latency of as many phases among `size` neighbouring ranks, in one kernel."""
+        return ops.launches(1.0, times * network.latency_s(size, self.cluster))
+
+    def _price_experts(self, put: Callable[..., None], ops: Operators, counts: Counts | None, tokens_D: Floats) -> None:
+        ffn, h, dtypes = self.model.experts, self.model.hidden_size, self.model.dtypes
         own_R = np.repeat(tokens_D, self._tp) / (self._tp if self._spread else 1)
-        put("router", self._rows_s(ffn.router_params(h), own_R, dtypes.dense, bound), 2 * launch_s, ("gemm", "memory"))
-        shared = ffn.shared_params(h) / (1 if self._spread else self._tp)
-        put("shared_experts", self._rows_s(shared, own_R, dtypes.dense, bound), 3 * launch_s, ("gemm", "memory"))
+        put("router", self._matmuls(ops, ((ffn.num_experts, h),), own_R, dtypes.dense) + ops.launches(2.0))
+        shared = ffn.shared_matmuls(h, 1 if self._spread else self._tp)
+        put("shared_experts", self._matmuls(ops, shared, own_R, dtypes.dense) + ops.launches(3.0))
         if counts is None:
             return
-        seconds_LR = compute.experts_s(counts.load_LRS, self._slot_params_LRS, h, device, dtypes.experts, bound)
-        launches_LR = 2.0 * (counts.load_LRS.sum(axis=-1) > 0)
-        if not self._spread:
-            seconds_LR, launches_LR = np.repeat(seconds_LR, self._tp, axis=1), np.repeat(launches_LR, self._tp, axis=1)
-        put("experts", seconds_LR, launches_LR * launch_s, ("grouped_gemm", "memory"))
+        experts = ops.experts(counts.load_LRS, self._slot_params_LRS, h, dtypes.experts)
+        experts += ops.launches(2.0 * (counts.load_LRS.sum(axis=-1) > 0))
+        put("experts", experts if self._spread else experts.repeated(self._tp))
         if self._spread:
             sizes = {"dispatch": h * self._dispatch_bytes, "combine": h * self._activation_bytes}
-            start_s = network.start_s(self.layout.experts.ep, self.cluster, bound)
+            start = self._start(ops, self.layout.experts.ep)
             for name, token_bytes in sizes.items():
                 traffic = counts.traffic_CLR if name == "dispatch" else counts.traffic_CLR[[2, 3, 0, 1]]
-                seconds_LR = network.all_to_all_s(traffic, token_bytes, self.cluster, bound)
-                put(name, seconds_LR, start_s, ("network",), (traffic[0] + traffic[1]) * token_bytes)
+                seconds_LR = network.all_to_all_s(traffic, token_bytes, self.cluster, ops.bound)
+                put(name, ops.network(seconds_LR) + start, (traffic[0] + traffic[1]) * token_bytes)
 
     @property
     def _dispatch_bytes(self) -> float:
         """Bytes per value sent to the experts: fp8 experts take fp8 rows (DeepSeek-V3), others the activation's."""
         return BYTES_PER_PARAM["fp8_block"] if self.model.dtypes.experts == "fp8_block" else self._activation_bytes
 
-    def _rows_s(self, params: float, tokens: Floats, dtype: str, bound: str) -> Floats:
-        num_bytes = params * BYTES_PER_PARAM[dtype] + 2 * tokens * self.model.hidden_size * self._activation_bytes
-        return compute.gemm_s(2 * params * tokens, num_bytes, self.cluster.device, dtype, bound=bound)
+    def _matmuls(self, ops: Operators, shapes: Sequence[tuple[int, int]], tokens: Floats, dtype: str) -> Timed:
+        return ops.matmuls(shapes, tokens, dtype, self._activation_bytes)
 
-    def _head_R(self, batch: Batch, bound: str) -> Floats:
+    def _head_R(self, ops: Operators, batch: Batch) -> Timed:
         """Output head over the last token of each request, cut by tp."""
         requests_D = np.bincount(batch.group_Q, minlength=self._dp).astype(np.float64)
-        params = self.model.vocab_size * self.model.hidden_size / self._tp
-        seconds = self._rows_s(params, requests_D, self.model.dtypes.embedding, bound)
-        return np.repeat(seconds, self._tp)
+        shape = (-(-self.model.vocab_size // self._tp), self.model.hidden_size)
+        head = self._matmuls(ops, (shape,), requests_D, self.model.dtypes.embedding)
+        return (head + ops.launches(2.0)).repeated(self._tp)
 
-    def _attention_D(self, mixer: Mixer, batch: Batch, tokens_D: Floats, bound: str) -> Floats:
+    def _attention_D(self, ops: Operators, mixer: Mixer, batch: Batch, tokens_D: Floats) -> Timed:
         """Projections plus core of one layer, for each data-parallel group (each of its ranks alike)."""
-        tp, device, kv_bytes = self._tp, self.cluster.device, BYTES_PER_PARAM[self.model.dtypes.kv]
-        h = self.model.hidden_size
-        seconds = self._rows_s(mixer.num_params(h) / tp, tokens_D, self.model.dtypes.attention, bound)
+        tp, kv_bytes, h = self._tp, BYTES_PER_PARAM[self.model.dtypes.kv], self.model.hidden_size
+        projections = self._matmuls(ops, mixer.matmuls(h, tp), tokens_D, self.model.dtypes.attention)
         pairs_D, kept_D = batch.pairs_D(self._dp, mixer.window), batch.kept_D(self._dp, mixer.window)
         cache_bytes = kept_D * mixer.kv_values_per_token() * kv_bytes
         if isinstance(mixer, Attention):
@@ -246,4 +245,4 @@ class Forward:
             flops = 6.0 * inner * depth * tokens_D / tp
             requests_D = np.bincount(batch.group_Q, minlength=self._dp)
             cache_bytes = 2.0 * requests_D * mixer.state_values(h) * kv_bytes / tp
-        return np.asarray(seconds + compute.attention_core_s(flops, cache_bytes, device, bound))
+        return projections + ops.attention_core(flops, cache_bytes)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.costs import compute, network
+from moesim.costs import network
+from moesim.costs.operators import Operators, Timed
 from moesim.hardware import Cluster
 from moesim.model import BYTES_PER_PARAM, ModelSpec
 from moesim.policies.cache import Cache, CacheView
@@ -33,7 +34,7 @@ class ExpertStore:
         self, model: ModelSpec, cluster: Cluster, slots_per_layer: int, cache: Cache,
         prefetch: NoPrefetch | NextLayerGate, bound: str = "value",
     ) -> None:  # fmt: skip
-        self._model, self._cluster, self._bound = model, cluster, bound
+        self._model, self._cluster, self._operators = model, cluster, Operators(cluster.device, bound)
         self._cache, self._prefetch, self._slots = cache, prefetch, slots_per_layer
         num_layers, num_experts = len(model.moe_layers), model.experts.num_experts
         self.resident: list[dict[int, int]] = [
@@ -67,17 +68,17 @@ class ExpertStore:
         missing = [e for e in needed if e not in resident]
         self.num_hits += len(here) + len(coming)
         self.num_misses += len(missing)
-        pieces = _Pieces(first_id, self._model.moe_layers[layer], self._cluster, self._bound)
+        pieces = _Pieces(first_id, self._model.moe_layers[layer])
         last_run: int | None = None
         if here:
-            last_run = pieces.add("experts", "compute", self._experts_s(load_E, here), 0.0, ())
+            last_run = pieces.add("experts", "compute", self._run(load_E, here), 0.0, ())
         for expert in [*coming, *missing]:
             copy = resident.get(expert, _ARRIVED)
             if expert not in resident:
                 copy = self._fetch(pieces, "expert_copies", expert)
                 self._keep(layer, expert, set(needed))
             waits = (copy,) if last_run is None else (copy, last_run)
-            last_run = pieces.add("experts", "compute", self._experts_s(load_E, [expert]), 0.0, waits)
+            last_run = pieces.add("experts", "compute", self._run(load_E, [expert]), 0.0, waits)
         self._view.last_use_LE[layer, needed] = self._view.step
         self._view.num_uses_LE[layer, needed] += 1
         self._send_ahead(layer, pieces)
@@ -96,8 +97,9 @@ class ExpertStore:
     def _fetch(self, pieces: _Pieces, name: str, expert: int) -> int:
         waits = () if self._last_copy is None else (self._last_copy,)
         num_bytes = float(self._bytes_E[expert])
-        seconds = network.copy_s(num_bytes, self._cluster, self._bound)
-        self._last_copy = pieces.add(name, "h2d", seconds, num_bytes, waits)
+        copy = self._operators.network(network.copy_s(num_bytes, self._cluster, self._operators.bound))
+        copy += self._operators.launches(1.0, self._cluster.host_link.latency_s)
+        self._last_copy = pieces.add(name, "h2d", copy, num_bytes, waits)
         return self._last_copy
 
     def _keep(self, layer: int, expert: int, needed: set[int]) -> bool:
@@ -114,35 +116,30 @@ class ExpertStore:
         resident[expert] = _ARRIVED
         return True
 
-    def _experts_s(self, load_E: NDArray[np.int32], experts: list[int]) -> float:
-        m, device = self._model, self._cluster.device
+    def _run(self, load_E: NDArray[np.int32], experts: list[int]) -> Timed:
+        """Experts computed by one launch, an array of one entry."""
         load_LRS, params_LRS = load_E[experts].reshape(1, 1, -1), self._params_E[experts].reshape(1, 1, -1)
-        seconds = compute.experts_s(load_LRS, params_LRS, m.hidden_size, device, m.dtypes.experts, self._bound)
-        return float(seconds[0, 0])
+        dtype = self._model.dtypes.experts
+        return self._operators.experts(load_LRS, params_LRS, self._model.hidden_size, dtype) + self._operators.launches(
+            2
+        )
 
 
 class _Pieces:
     """A fragment being written."""
 
-    def __init__(self, first_id: int, layer: int, cluster: Cluster, bound: str) -> None:
-        self._first_id, self._layer, self._device = first_id, layer, cluster.device
+    def __init__(self, first_id: int, layer: int) -> None:
+        self._first_id, self._layer = first_id, layer
         self._operations: list[Operation] = []
         self._seconds: list[float] = []
         self._bytes: list[float] = []
         self._shares: list[NDArray[np.float64]] = []
-        # Resource -> time to start, and what the work itself rests on.
-        launch_s = compute.launch_s(cluster.device, bound)
-        self._kinds: dict[str, tuple[float, tuple[str, ...]]] = {
-            "compute": (2 * launch_s, ("grouped_gemm", "memory")),
-            "h2d": (cluster.host_link.latency_s + launch_s, ("network",)),
-        }
 
-    def add(self, name: str, resource: str, work_s: float, num_bytes: float, after: tuple[int, ...]) -> int:
-        start_s, kinds = self._kinds[resource]
+    def add(self, name: str, resource: str, timed: Timed, num_bytes: float, after: tuple[int, ...]) -> int:
         self._operations.append(Operation(name, self._layer, resource, "rank", after))
-        self._seconds.append(work_s + start_s)
+        self._seconds.append(float(timed.seconds.sum()))
         self._bytes.append(num_bytes)
-        self._shares.append(compute.shares(work_s, start_s, self._device, *kinds))
+        self._shares.append(timed.shares_X)
         return self._first_id + len(self._operations) - 1
 
     def fragment(self, join: tuple[int, ...]) -> Fragment:
