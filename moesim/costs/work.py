@@ -35,8 +35,9 @@ def _grouped_gemm(x: Coordinates, width: float) -> tuple[Floats, Floats]:
     return x["num_experts"] * flops, x["num_experts"] * num_bytes
 
 
-def _batched_gemm(x: Coordinates, width: float) -> tuple[Floats, Floats]:
-    flops, num_bytes = _gemm(x, width)
+def _mla_bmm(x: Coordinates, width: float) -> tuple[Floats, Floats]:
+    """One 128 x 512 product per head: queries into the latent space, or values out of it (DeepSeek-V3)."""
+    flops, num_bytes = _gemm({"m": x["m"], "n": np.full_like(x["m"], 512), "k": np.full_like(x["m"], 128)}, width)
     return x["num_heads"] * flops, x["num_heads"] * num_bytes
 
 
@@ -88,14 +89,23 @@ def _generation_mla(x: Coordinates, width: float) -> tuple[Floats, Floats]:
     return 2 * cached * x["num_heads"] * (576 + 512), width * cached * 576
 
 
+def _exchange(x: Coordinates, width: float) -> tuple[Floats, Floats]:
+    """A row of two bytes per number for each token and each of its experts."""
+    num_bytes = 2 * x["num_tokens"] * x["top_k"] * x["hidden_size"]
+    return np.zeros_like(num_bytes), num_bytes
+
+
 _COMPUTE: dict[str, Callable[[Coordinates, float], tuple[Floats, Floats]]] = {
     "gemm": _gemm,
     "grouped_gemm": _grouped_gemm,
-    "mla_bmm": _batched_gemm,
+    "mla_bmm_pre": _mla_bmm,
+    "mla_bmm_post": _mla_bmm,
     "context_attention": _context_attention,
     "generation_attention": _generation_attention,
     "context_mla": _context_mla,
     "generation_mla": _generation_mla,
+    "dispatch": _exchange,
+    "combine": _exchange,
 }
 
 _WIRE: dict[str, Callable[[Floats], Floats]] = {
@@ -112,7 +122,7 @@ def work(op: str, dtype: str, coordinates: Coordinates) -> tuple[Floats, Floats]
 
     An operator that is not known here moves as many bytes as the product of its coordinates.
     """
-    if op == "moe":
+    if op in ("moe", "wideep_moe"):
         return _moe(coordinates, dtype)
     if op in _COMPUTE:
         return _COMPUTE[op](coordinates, weight_bytes(dtype))
