@@ -70,9 +70,7 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
     ),
     "wideep_context_moe_perf": (Layout("wideep_moe", "moe_dtype", _MOE, facts={**_SKEW, "phase": "op_name"}),),
     "wideep_generation_moe_perf": (Layout("wideep_moe", "moe_dtype", _MOE, facts={**_SKEW, "phase": "op_name"}),),
-    "context_attention_perf": (
-        Layout("context_attention", "attn_dtype", {**_HEADS, "seq_len": "isl"}, facts=_CACHE),
-    ),
+    "context_attention_perf": (Layout("context_attention", "attn_dtype", {**_HEADS, "seq_len": "isl"}, facts=_CACHE),),
     "generation_attention_perf": (
         Layout("generation_attention", "kv_cache_dtype", {**_HEADS, "kv_len": "kv_len"}, facts=_CACHE),
     ),
@@ -106,7 +104,9 @@ def import_aiconfigurator(directory: Path, systems: tuple[str, ...] = (), names:
     ]
     if not paths:
         asked = f" of {', '.join((*systems, *names))}" if systems or names else ""
-        raise ValueError(f"{directory}: no SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet{asked}; give the folder of systems")
+        raise ValueError(
+            f"{directory}: no SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet{asked}; give the folder of systems"
+        )
     for path in paths:
         system, family, backend, version = path.parts[-5:-1]
         where = path.relative_to(directory).as_posix()
@@ -121,7 +121,12 @@ def import_aiconfigurator(directory: Path, systems: tuple[str, ...] = (), names:
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path}: not a whole Parquet file ({error}); fetch it again") from error
         latency = LAYOUTS[path.stem][0].latency[0]
-        key = (path.stem, rows[latency].combine_chunks().to_numpy(zero_copy_only=False).tobytes() if latency in rows.column_names else b"")
+        key = (
+            path.stem,
+            rows[latency].combine_chunks().to_numpy(zero_copy_only=False).tobytes()
+            if latency in rows.column_names
+            else b"",
+        )
         if key in seen and rows.num_rows:
             found.left_out.append(f"{where}: its times are a copy of those of {seen[key]}")
             continue
