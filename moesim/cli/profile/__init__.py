@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-COMMANDS: tuple[click.Command, ...] = ()
+from moesim.cli.profile.convert import import_command
+
+COMMANDS: tuple[click.Command, ...] = (import_command,)
 
 
 @click.group("profile")

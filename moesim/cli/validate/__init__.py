@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-COMMANDS: tuple[click.Command, ...] = ()
+from moesim.cli.validate.kernels import kernels_command
+
+COMMANDS: tuple[click.Command, ...] = (kernels_command,)
 
 
 @click.group("validate")
