@@ -10,6 +10,7 @@ from zlib import crc32
 import numpy as np
 
 from moesim.costs import memory
+from moesim.costs.measured import MeasuredTables
 from moesim.hardware import Cluster
 from moesim.layout import Layout
 from moesim.model import ModelSpec
@@ -22,6 +23,7 @@ from moesim.workload import Workload
 class Scenario:
     """One model on one machine, laid out one way, under one load, with one set of policies.
 
+    tables: measured kernels of the machine's device; where they do not reach, rooflines stand.
     plain: the scenario as plain data, as written in its file, for the record.
     """
 
@@ -32,6 +34,7 @@ class Scenario:
     workload: Workload
     trace: RoutingTrace
     policies: Policies = field(default_factory=Policies)
+    tables: MeasuredTables = field(default_factory=MeasuredTables)
     engine: str = "simulate"
     seed: int = 0
     plain: Mapping[str, Any] = field(default_factory=dict)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from moesim.costs import compute
+from moesim.costs.measured import Interpolated, MeasuredTables
+from moesim.costs.measured_experts import experts_seconds
 from moesim.hardware import SOURCES, Device
-from moesim.model import BYTES_PER_PARAM
+from moesim.mixers import Attention, LatentAttention, Mixer
+from moesim.model import BYTES_PER_PARAM, Experts
 
 Floats = NDArray[np.float64]
 
@@ -50,38 +53,79 @@ def stacked(parts: Sequence[Timed]) -> Timed:
 
 @dataclass(frozen=True, eq=False)
 class Operators:
-    """The operators of one device.
+    """The operators of one device: from measured tables where there are any, from rooflines elsewhere.
 
-    bound: "value", or the "low" or "high" end of what is believed of its numbers.
+    A time that a table gives inside of what was measured is *measured*; outside, where the table's own fitted roofline
+    carries it on, it is *fitted*. The ends are those of the table's 90 % interval.
+
+    bound: "value", or the "low" or "high" end of what is believed of the device's speed.
     """
 
     device: Device
     bound: str = "value"
+    tables: MeasuredTables = field(default_factory=MeasuredTables)
 
     def matmuls(self, shapes: Sequence[tuple[int, int]], rows: Floats, weight_dtype: str, value_bytes: float) -> Timed:
-        """Products of `rows` rows with weights (n, k), one after another, each on its own roofline.
+        """Products of `rows` rows with weights (n, k), one after another; none for 0 rows.
 
-        seconds = sum over (n, k) of max(2 rows n k / peak, (n k weight bytes + rows (n + k) value_bytes) / bandwidth),
-        and none for 0 rows.
+        Without a table "gemm" each is on its own roofline: max(2 rows n k / peak, (n k weight bytes + rows (n + k)
+        value_bytes) / bandwidth).
         """
         rows = np.asarray(rows, np.float64)
-        total = np.zeros_like(rows)
+        table, busy = self.tables.find("gemm", weight_dtype), rows > 0
+        total = Timed(np.zeros_like(rows), np.zeros(len(SOURCES)))
         for n, k in shapes:
+            if table:
+                total += self._measured(table.seconds({"m": np.maximum(rows, 1.0), "n": n, "k": k}), busy)
+                continue
             num_bytes = n * k * BYTES_PER_PARAM[weight_dtype] + rows * (n + k) * value_bytes
-            total += compute.gemm_s(2.0 * n * k * rows, num_bytes, self.device, weight_dtype, bound=self.bound)
-        return self._roofline(total * (rows > 0), "gemm")
+            seconds = compute.gemm_s(2.0 * n * k * rows, num_bytes, self.device, weight_dtype, bound=self.bound)
+            total += self._roofline(seconds * busy, "gemm")
+        return total
 
     def experts(
-        self, load_LRS: NDArray[np.int32], params_LRS: Floats | float, hidden_size: int, weight_dtype: str
+        self, load_LRS: NDArray[np.int32], params_LRS: Floats, ffn: Experts, hidden_size: int, weight_dtype: str
     ) -> Timed:
-        """Grouped product of the experts of each rank, [L, R]: see `compute.experts_s`."""
-        seconds = compute.experts_s(load_LRS, params_LRS, hidden_size, self.device, weight_dtype, self.bound)
-        return self._roofline(seconds, "grouped_gemm")
+        """Grouped product of the experts of each rank with its launches, [L, R].
 
-    def attention_core(self, score_flops: Floats, num_bytes: Floats) -> Timed:
-        """Scores and weighted sum over the cache: see `compute.attention_core_s`."""
-        seconds = compute.attention_core_s(score_flops, num_bytes, self.device, self.bound)
-        return self._roofline(seconds, "attention")
+        Tables "moe" and "grouped_gemm" are of gated experts that are all alike; other ones, and all without a table,
+        are on rooflines: see `compute.experts_s`.
+
+        Args:
+            params_LRS: parameters of the expert, or of the slice of one, in each slot.
+        """
+        tabled = any((op, weight_dtype) in self.tables for op in ("moe", "grouped_gemm"))
+        if tabled and ffn.gated and len(set(ffn.expert_widths)) == 1:
+            inter = int(params_LRS.max() // (3 * hidden_size))
+            found = experts_seconds(self.tables, load_LRS, hidden_size, inter, ffn.top_k, ffn.num_experts, weight_dtype)
+            return self._measured(found, load_LRS.sum(axis=-1) > 0)
+        seconds = compute.experts_s(load_LRS, params_LRS, hidden_size, self.device, weight_dtype, self.bound)
+        return self._roofline(seconds, "grouped_gemm") + self.launches(2.0 * (load_LRS.sum(axis=-1) > 0))
+
+    def attention_core(
+        self, mixer: Mixer, phase: str, requests: Floats, tokens: Floats, flops: Floats, num_bytes: Floats, tp: int,
+        kv_dtype: str,
+    ) -> Timed:  # fmt: skip
+        """Scores and weighted sum over the cache, for batches of requests.
+
+        With a table, its ratio of measured to roofline at the mean length is taken to the roofline of the batch's own
+        FLOP and bytes; without one: see `compute.attention_core_s`.
+
+        Args:
+            requests: in each batch.
+            tokens: of each batch that are in its prompts (prefill) or caches (decode), within the window.
+        """
+        where = attention_coordinates(mixer, phase, requests, tokens, tp)
+        if where is not None:
+            op, coordinates = where
+            dtype = kv_dtype if phase == "decode" else "bf16"
+            window = str(getattr(mixer, "window", None) or 0)
+            table = self.tables.find(op, dtype, window=window) or (
+                self.tables.find(op, dtype) if window == "0" else None
+            )
+            if table and set(table.axes) == set(coordinates):
+                return self._measured(table.seconds(coordinates, (flops, num_bytes)), requests > 0)
+        return self._roofline(compute.attention_core_s(flops, num_bytes, self.device, self.bound), "attention")
 
     def launches(self, number: Floats | float, latency_s: float = 0.0) -> Timed:
         """Time to start as many kernels, and until the first byte arrives over a link."""
@@ -94,3 +138,26 @@ class Operators:
 
     def _roofline(self, seconds: Floats, kind: str) -> Timed:
         return Timed.of(seconds, compute.source(self.device, kind, "memory"))
+
+    def _measured(self, found: Interpolated, busy: NDArray[np.bool_]) -> Timed:
+        """What a table says, 0 where nothing runs; the low end of speed is the high end of seconds."""
+        seconds = {"value": found.seconds, "low": found.high, "high": found.low}[self.bound] * busy
+        rests_X = np.zeros(len(SOURCES))
+        rests_X[SOURCES.index("measured")] = np.mean(seconds * found.inside)
+        rests_X[SOURCES.index("fitted")] = np.mean(seconds * ~found.inside)
+        return Timed(seconds, rests_X)
+
+
+def attention_coordinates(
+    mixer: Mixer, phase: str, requests: Floats, tokens: Floats, tp: int
+) -> tuple[str, dict[str, ArrayLike]] | None:
+    """Operator and coordinates of a measured table for batches of attention; None for mixers that no table has."""
+    kind = "generation" if phase == "decode" else "context"
+    batch = np.maximum(requests, 1.0)
+    each = {"batch_size": batch, ("kv_len" if phase == "decode" else "seq_len"): np.maximum(tokens / batch, 1.0)}
+    if isinstance(mixer, Attention):
+        heads = {"num_heads": mixer.num_heads / tp, "num_kv_heads": max(mixer.num_kv_heads / tp, 1.0)}
+        return f"{kind}_attention", {**each, **heads, "head_dim": mixer.head_dim}
+    if isinstance(mixer, LatentAttention):
+        return f"{kind}_mla", {**each, "num_heads": mixer.num_heads / tp}
+    return None

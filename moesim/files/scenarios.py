@@ -17,10 +17,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moesim.costs.measured import MeasuredTables
 from moesim.files.counts import is_count_file, read_counts
 from moesim.files.hardware import load_cluster
 from moesim.files.keys import nearest
 from moesim.files.models import load_model
+from moesim.files.profiles.tables import load_profile
 from moesim.files.tables import raise_all, read_toml
 from moesim.files.traces import read_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
@@ -32,7 +34,7 @@ from moesim.scenario import Scenario
 from moesim.workload import Workload
 
 T = TypeVar("T")
-_SCALARS = ("name", "model", "hardware", "trace", "engine", "seed")
+_SCALARS = ("name", "model", "hardware", "profile", "trace", "engine", "seed")
 _TABLES: dict[str, type] = {"layout": Layout, "workload": Workload, "policies": Policies, "dtypes": Dtypes}
 
 
@@ -136,9 +138,12 @@ def _build(
         "model": lambda text: load_model(_existing(text, folder)),
         "hardware": lambda text: load_cluster(_existing(text, folder)),
         "trace": lambda text: load_trace(text, folder),
+        "profile": lambda text: load_profile(_beside(text, folder)),
     }
     for key, load in loaders.items():
         text = values.get(key)
+        if key == "profile" and text is None:
+            continue
         if not isinstance(text, str) or not text:
             given = "is missing" if text is None else f"must be a name or a path, not {text!r}"
             mistakes.append(f"{prefix}{key}: {given}; see `moesim list`")
@@ -183,6 +188,7 @@ def _build(
         workload=parts["workload"],
         trace=parts["trace"],
         policies=parts.get("policies", Policies()),
+        tables=parts.get("profile", MeasuredTables()),
         engine=engine,
         seed=seed,
         plain=values,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.costs import network
+from moesim.costs.measured import MeasuredTables
 from moesim.costs.operators import Operators, Timed, stacked
 from moesim.hardware import SOURCES, Cluster
 from moesim.layout import Layout
@@ -69,6 +70,7 @@ class Forward:
     Args:
         slot_params_LRS: parameters of the expert (or slice of one) in each slot of each expert rank.
         expand: where given, experts are not one operation but a choice that falls when the router is done.
+        tables: measured kernels of the machine's device; rooflines where they do not reach.
     """
 
     def __init__(
@@ -78,9 +80,10 @@ class Forward:
         layout: Layout,
         slot_params_LRS: Floats,
         expand: Expand | None = None,
+        tables: MeasuredTables | None = None,
     ) -> None:
         self.model, self.cluster, self.layout = model, cluster, layout
-        self._slot_params_LRS = slot_params_LRS
+        self._slot_params_LRS, self._tables = slot_params_LRS, tables or MeasuredTables()
         self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
         self._rows: dict[str, list[int]] = {}
         self.program = self._lower(expand)
@@ -145,7 +148,8 @@ class Forward:
         num_ops, num_ranks, tp = len(self.program.operations), self.program.num_ranks, self._tp
         costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
         tokens_D = np.bincount(batch.group_B, minlength=self._dp).astype(np.float64)
-        ops, h, dtypes = Operators(self.cluster.device, bound), self.model.hidden_size, self.model.dtypes
+        ops = Operators(self.cluster.device, bound, self._tables)
+        h, dtypes = self.model.hidden_size, self.model.dtypes
 
         def put(name: str, timed: Timed, num_bytes: Floats | float = 0.0) -> None:
             """Write one part of the step, broadcast over its layers and ranks."""
@@ -200,8 +204,7 @@ class Forward:
         put("shared_experts", self._matmuls(ops, shared, own_R, dtypes.dense) + ops.launches(3.0))
         if counts is None:
             return
-        experts = ops.experts(counts.load_LRS, self._slot_params_LRS, h, dtypes.experts)
-        experts += ops.launches(2.0 * (counts.load_LRS.sum(axis=-1) > 0))
+        experts = ops.experts(counts.load_LRS, self._slot_params_LRS, ffn, h, dtypes.experts)
         put("experts", experts if self._spread else experts.repeated(self._tp))
         if self._spread:
             sizes = {"dispatch": h * self._dispatch_bytes, "combine": h * self._activation_bytes}
@@ -231,6 +234,7 @@ class Forward:
         tp, kv_bytes, h = self._tp, BYTES_PER_PARAM[self.model.dtypes.kv], self.model.hidden_size
         projections = self._matmuls(ops, mixer.matmuls(h, tp), tokens_D, self.model.dtypes.attention)
         pairs_D, kept_D = batch.pairs_D(self._dp, mixer.window), batch.kept_D(self._dp, mixer.window)
+        requests_D = np.bincount(batch.group_Q, minlength=self._dp).astype(np.float64)
         cache_bytes = kept_D * mixer.kv_values_per_token() * kv_bytes
         if isinstance(mixer, Attention):
             flops = 4.0 * mixer.num_heads * mixer.head_dim * pairs_D / tp
@@ -243,6 +247,8 @@ class Forward:
             inner = mixer.expand * h if isinstance(mixer, Mamba) else mixer.num_heads * mixer.value_head_dim
             depth = mixer.state_size if isinstance(mixer, Mamba) else mixer.key_head_dim
             flops = 6.0 * inner * depth * tokens_D / tp
-            requests_D = np.bincount(batch.group_Q, minlength=self._dp)
             cache_bytes = 2.0 * requests_D * mixer.state_values(h) * kv_bytes / tp
-        return projections + ops.attention_core(flops, cache_bytes)
+        kv_dtype = self.model.dtypes.kv
+        return projections + ops.attention_core(
+            mixer, batch.phase, requests_D, kept_D, flops, cache_bytes, tp, kv_dtype
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moesim.costs.operators import Operators
 from moesim.policies import REGISTRIES
 from moesim.program.forward import Batch, Forward
 from moesim.program.offload import ExpertStore
@@ -55,7 +56,8 @@ class Iterations:
             slot_params_LRS = slot_params_LP.reshape(len(model.moe_layers), layout.experts.ep, -1)
             slot_params_LRS = np.tile(slot_params_LRS, (1, num_ranks // layout.experts.ep, 1))
         self.store = self._make_store() if scenario.is_offloaded and model.moe_layers else None
-        self._forward = Forward(model, cluster, layout, slot_params_LRS, self.store.expand if self.store else None)
+        expand = self.store.expand if self.store else None
+        self._forward = Forward(model, cluster, layout, slot_params_LRS, expand, scenario.tables)
 
     def _make_store(self) -> ExpertStore:
         s = self.scenario
@@ -64,7 +66,8 @@ class Iterations:
         slots = int(np.ceil(num_experts * s.policies.device_expert_fraction))
         future = self._future_SLE() if cache.needs_future else None
         prefetch = REGISTRIES["prefetch"][s.policies.prefetch]()
-        return ExpertStore(s.model, s.cluster, slots, cache.start(future), prefetch, self.bound)
+        operators = Operators(s.cluster.device, self.bound, s.tables)
+        return ExpertStore(s.model, s.cluster, slots, cache.start(future), prefetch, operators)
 
     def _future_SLE(self) -> np.ndarray:
         """Which experts each iteration will use, for oracles only: bool [S, L, E]."""

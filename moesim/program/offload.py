@@ -27,14 +27,14 @@ class ExpertStore:
 
     Args:
         slots_per_layer: experts that fit on the device, per MoE layer; it starts with the lowest ids.
-        bound: end of the believed efficiencies to use.
+        operators: of the cluster's device.
     """
 
     def __init__(
         self, model: ModelSpec, cluster: Cluster, slots_per_layer: int, cache: Cache,
-        prefetch: NoPrefetch | NextLayerGate, bound: str = "value",
+        prefetch: NoPrefetch | NextLayerGate, operators: Operators,
     ) -> None:  # fmt: skip
-        self._model, self._cluster, self._operators = model, cluster, Operators(cluster.device, bound)
+        self._model, self._cluster, self._operators = model, cluster, operators
         self._cache, self._prefetch, self._slots = cache, prefetch, slots_per_layer
         num_layers, num_experts = len(model.moe_layers), model.experts.num_experts
         self.resident: list[dict[int, int]] = [
@@ -119,10 +119,8 @@ class ExpertStore:
     def _run(self, load_E: NDArray[np.int32], experts: list[int]) -> Timed:
         """Experts computed by one launch, an array of one entry."""
         load_LRS, params_LRS = load_E[experts].reshape(1, 1, -1), self._params_E[experts].reshape(1, 1, -1)
-        dtype = self._model.dtypes.experts
-        return self._operators.experts(load_LRS, params_LRS, self._model.hidden_size, dtype) + self._operators.launches(
-            2
-        )
+        m = self._model
+        return self._operators.experts(load_LRS, params_LRS, m.experts, m.hidden_size, m.dtypes.experts)
 
 
 class _Pieces:

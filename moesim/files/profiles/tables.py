@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moesim.costs.measured import MeasuredTable
+from moesim.costs.measured import MeasuredTable, MeasuredTables
 from moesim.files.profiles.imported import split
 from moesim.files.tables import raise_all
 
@@ -98,6 +98,22 @@ def read_tables(path: str | os.PathLike[str]) -> list[MeasuredTable]:
         mistakes = _column_mistakes(rows, header)
     raise_all(str(path), mistakes)
     return _tables(rows, header, path)
+
+
+def load_profile(path: str | os.PathLike[str]) -> MeasuredTables:
+    """All tables of a profile: one file, or the .parquet files of a folder.
+
+    Raises:
+        ValueError: there is no such file or folder, none in it, they are of several devices, or one has mistakes.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path}: no .parquet file in it; make a profile with `moesim profile`")
+    tables = [table for file in files for table in read_tables(file)]
+    if len(devices := sorted({table.device for table in tables})) > 1:
+        raise ValueError(f"{path}: holds tables of {', '.join(devices)}; a profile is of one device: part them")
+    return MeasuredTables(tables)
 
 
 def _header_mistakes(header: Any) -> list[str]:
