@@ -128,6 +128,8 @@ def _layer_parts(
         kernels_run += 5.0
         if deployment.num_ranks > 1:
             collectives.append((tokens * deployment.dp, deployment.num_ranks))
+            if deployment.dp > 1:  # its two halves, before and after the experts, are two kernels
+                collectives.append((0.0, deployment.num_ranks))
     parts["gemm"] = sum(kernels.gemm_s(tokens, n, k, dtype) for n, k, dtype in products)
     for rows, size in collectives:
         moving, starting = kernels.allreduce_s(rows * h * BYTES_PER_PARAM[dtypes.activation], size)
