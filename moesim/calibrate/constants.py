@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,14 +44,14 @@ CONSTANTS = (
     Constant("gemm_factor", 1.0, 0.25, 0.5, 2.5, "", "matrix products outside the experts, over their kernel's time"),
     Constant("attention_factor", 1.0, 0.25, 0.5, 2.5, "", "attention over its kernel's time"),
     Constant("experts_factor", 1.0, 0.2, 0.5, 2.5, "", "routed experts over their kernel's time: skew and padding"),
-    Constant("collective_factor", 1.0, 0.4, 0.2, 4.0, "", "exposed bytes of collectives over their time: overlap is below 1"),
+    Constant("collective_factor", 1.0, 0.4, 0.2, 4.0, "", "bytes of collectives; overlap makes it less than 1"),
     Constant("collective_start_factor", 1.0, 0.5, 0.1, 5.0, "", "starting a collective inside a node"),
     Constant("internode_start_factor", 8.0, 0.7, 1.0, 40.0, "", "starting a collective between nodes"),
-    Constant("launch_factor", 0.6, 0.6, 0.1, 3.0, "", "starting a kernel, over the device's launch time: graphs, small kernels"),
+    Constant("launch_factor", 0.6, 0.6, 0.1, 3.0, "", "starting a kernel, over the device's time; graphs save some"),
     Constant("iteration_overhead_s", 3e-4, 1.0, 1e-5, 5e-3, "s", "host work of an iteration that no kernel hides"),
-    Constant("prefill_factor", 1.0, 0.3, 0.3, 2.0, "", "prefill time that decoding requests wait, over the kernels' time"),
-    Constant("acceptance_rate", 0.7, 0.7, 0.3, 0.95, "", "chance that a draft is accepted, at 1,024 output tokens", True),
-    Constant("acceptance_gain", 0.3, 1.0, 0.02, 1.5, "", "gain of its log-odds at 8 times the output tokens: long outputs repeat"),
+    Constant("prefill_factor", 1.0, 0.3, 0.3, 2.0, "", "prefill time that decoding requests wait, over its parts"),
+    Constant("acceptance_rate", 0.7, 0.7, 0.3, 0.95, "", "chance that a draft is accepted, to 1,024 outputs", True),
+    Constant("acceptance_gain", 0.3, 1.0, 0.02, 1.5, "", "what its log-odds gain with 8 times the output: it repeats"),
 )  # fmt: skip
 
 NAMES = tuple(constant.name for constant in CONSTANTS)
@@ -59,3 +60,22 @@ NAMES = tuple(constant.name for constant in CONSTANTS)
 def starting_values() -> Floats:
     """Values before any fit, in the order of `CONSTANTS`."""
     return np.array([constant.value for constant in CONSTANTS])
+
+
+def with_measured_gap(constants: Sequence[Constant], gap_s: float) -> tuple[Constant, ...]:
+    """The constants with the host overhead started, and held closely, at a gap measured in a profiler's trace.
+
+    Raises:
+        ValueError: the gap lies outside the constant's range.
+    """
+    found = []
+    for constant in constants:
+        if constant.name == "iteration_overhead_s":
+            if not constant.low <= gap_s <= constant.high:
+                raise ValueError(
+                    f"trace: gaps of {gap_s:.3g} s an iteration lie outside {constant.low:g} to {constant.high:g} s, "
+                    "which is no serving loop; give a trace of decode iterations"
+                )
+            constant = replace(constant, value=gap_s, spread=0.2)
+        found.append(constant)
+    return tuple(found)

@@ -1,4 +1,4 @@
-"""A robust fit of few bounded constants: Huber loss on log errors, beliefs held beforehand, damped Gauss-Newton steps."""
+"""A robust fit of few bounded constants: Huber loss on log errors, prior beliefs, damped Gauss-Newton steps."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def fit_constants(
     for _ in range(max_steps):
         slope_NC = np.stack([(log_predicted(x + 1e-4 * unit) - log_N) / 1e-4 for unit in np.eye(len(x))], axis=1)
         error_N = log_measured_N - log_N
-        pull_N = weights_N * np.where(np.abs(error_N) < HUBER, 1.0, HUBER / np.maximum(np.abs(error_N), HUBER)) / NOISE**2
+        pull_N = weights_N * HUBER / np.maximum(np.abs(error_N), HUBER) / NOISE**2
         curve = slope_NC.T @ (pull_N[:, None] * slope_NC) + np.diag(spread**-2.0)
         down = slope_NC.T @ (pull_N * error_N) - (x - start) / spread**2
         moved = False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.calibrate.constants import CONSTANTS, Floats
+from moesim.calibrate.constants import CONSTANTS, Constant, Floats
 from moesim.calibrate.fit import fit_constants, group_weights
 from moesim.calibrate.serving import Priced, predict_tpot_s
 
@@ -31,17 +31,18 @@ class HeldOut:
         return np.asarray(np.log(priced.tpot_s_N / self.predicted_s_N))
 
 
-def fit_runs(priced: Priced) -> Floats:
+def fit_runs(priced: Priced, constants: Sequence[Constant] = CONSTANTS) -> Floats:
     """Constants fitted to all of the runs."""
     weights_N = group_weights([run.group for run in priced.runs])
-    return fit_constants(lambda values: predict_tpot_s(priced, values), priced.tpot_s_N, CONSTANTS, weights_N)
+    return fit_constants(lambda values: predict_tpot_s(priced, values), priced.tpot_s_N, constants, weights_N)
 
 
-def hold_out(priced: Priced, folds: Sequence[str]) -> HeldOut:
+def hold_out(priced: Priced, folds: Sequence[str], constants: Sequence[Constant] = CONSTANTS) -> HeldOut:
     """Predict every fold by constants fitted to the others.
 
-    The interval of a fold comes from the others alone: each of them is predicted in turn by a fit without it and without
-    the fold, and the 5 % and 95 % quantiles of log(measured / predicted), every fold of equal weight, are the ends.
+    The interval of a fold comes from the others alone: each of them is predicted in turn by a fit without it and
+    without the fold, and the 5 % and 95 % quantiles of log(measured / predicted), every fold of equal weight, are its
+    ends.
 
     Raises:
         ValueError: fewer than three folds, so that no interval can be had without the fold itself.
@@ -55,14 +56,15 @@ def hold_out(priced: Priced, folds: Sequence[str]) -> HeldOut:
     without: dict[frozenset[int], Floats] = {}
     for f, name in enumerate(names):
         rows = np.flatnonzero(fold_N == f)
-        values[name] = fit_runs(priced.take(np.flatnonzero(fold_N != f)))
+        values[name] = fit_runs(priced.take(np.flatnonzero(fold_N != f)), constants)
         residuals, weights = [], []
         for g in range(len(names)):
             if g == f:
                 continue
             pair = frozenset((f, g))
             if pair not in without:
-                without[pair] = fit_runs(priced.take(np.flatnonzero((fold_N != f) & (fold_N != g))))
+                rest = priced.take(np.flatnonzero((fold_N != f) & (fold_N != g)))
+                without[pair] = fit_runs(rest, constants)
             other = priced.take(np.flatnonzero(fold_N == g))
             residuals.append(np.log(other.tpot_s_N / predict_tpot_s(other, without[pair])))
             weights.append(np.full(len(other.runs), 1.0 / len(other.runs)))

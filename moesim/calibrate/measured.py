@@ -127,9 +127,8 @@ class Measured:
 
     def experts_s(self, experts: Experts, tokens: float, deployment: Deployment) -> float:
         """Measured experts of that shape and cut, on the busiest rank under skewed routing."""
-        return self._once(
-            ("experts", experts, tokens, deployment.ep, deployment.etp), lambda: self._experts_s(experts, tokens, deployment)
-        )
+        key = ("experts", experts, tokens, deployment.ep, deployment.etp)
+        return self._once(key, lambda: self._experts_s(experts, tokens, deployment))
 
     def _experts_s(self, experts: Experts, tokens: float, deployment: Deployment) -> float:
         dtype = deployment.model.dtypes.experts
@@ -151,19 +150,20 @@ class Measured:
 
     def allreduce_s(self, num_bytes: float, size: int) -> tuple[float, float]:
         """Measured all-reduce of the backend inside a node: what the bytes add to the smallest one, and that one."""
+        within_node = size <= self.cluster.devices_per_node
         table = kernel_table(self.root, self.system, "comm", self.backend, "custom_allreduce_perf")
-        if table is None or size > self.cluster.devices_per_node:
-            return self._roofline.allreduce_s(num_bytes, size)
-        graphs = sorted({name for name in table["kernel_source"].to_pylist() if "eager" not in name})
-        conditions: Conditions = (("num_gpus", size), ("kernel_source", graphs[0]))
-        rows = kernel_rows(
-            self.root, self.system, "comm", self.backend, "custom_allreduce_perf", conditions, ("message_size",)
-        )
-        if rows is None:
-            return self._roofline.allreduce_s(num_bytes, size)
-        elements_N, seconds_N = rows
-        start_s = float(seconds_N.min())
-        return max(line(num_bytes / 2, elements_N, seconds_N) - start_s, 0.0), start_s  # message_size counts bf16 elements
+        names = set(table["kernel_source"].to_pylist()) if within_node and table is not None else set()
+        for name in sorted(name for name in names if "eager" not in name):  # decoding runs captured graphs
+            conditions: Conditions = (("num_gpus", size), ("kernel_source", name))
+            rows = kernel_rows(
+                self.root, self.system, "comm", self.backend, "custom_allreduce_perf", conditions, ("message_size",)
+            )
+            if rows is not None:
+                elements_N, seconds_N = rows
+                start_s = float(seconds_N.min())
+                elements = num_bytes / 2  # message_size counts bf16 elements
+                return max(line(elements, elements_N, seconds_N) - start_s, 0.0), start_s
+        return self._roofline.allreduce_s(num_bytes, size)
 
 
 def floor_scaled(measured_s: float, wanted_s: float, near_s: float, floor_s: float) -> float:

@@ -86,7 +86,10 @@ class Kernels(Protocol):
 def iteration_parts(
     deployment: Deployment, step: Step, kernels: Kernels, num_layers: int | None = None
 ) -> dict[str, float]:
-    """Seconds of each of `PARTS` in one iteration; `num_layers` counts the last layers only (a draft module has one)."""
+    """Seconds of each of `PARTS` in one iteration.
+
+    num_layers: the last layers only, as in a draft module, which has one; None for all.
+    """
     model, tp = deployment.model, deployment.tp
     parts = dict.fromkeys(PARTS, 0.0)
     layers = model.layers if num_layers is None else model.layers[-num_layers:]
@@ -135,7 +138,8 @@ def _layer_parts(
         moving, starting = kernels.allreduce_s(rows * h * BYTES_PER_PARAM[dtypes.activation], size)
         parts["collective"] += moving
         parts["collective_start"] += starting
-    kernels_run += sum(2.0 if dtype.startswith("fp8") else 1.0 for _, _, dtype in products)  # fp8 rows are quantised first
+    # Rows of fp8 products are quantised first, by a kernel of their own.
+    kernels_run += sum(2.0 if dtype.startswith("fp8") else 1.0 for _, _, dtype in products)
     parts["launch"] = kernels_run * compute.launch_s(deployment.cluster.device, "value")
     return parts
 
@@ -188,7 +192,7 @@ class Roofline:
         )
 
     def allreduce_s(self, num_bytes: float, size: int) -> tuple[float, float]:
-        """Reduce-scatter and all-gather, one after the other; between nodes, each device carries its share of the buffer.
+        """Reduce-scatter and all-gather; between nodes, each device carries its share of the buffer.
 
         Source: hierarchical all-reduce, as NCCL does it with one NIC to a device.
         """
@@ -207,7 +211,7 @@ def expected_distinct(num_experts: int, top_k: int, tokens: float) -> float:
     >>> expected_distinct(4, 2, 2)
     3.0
     """
-    return num_experts * (1.0 - (1.0 - top_k / num_experts) ** tokens)
+    return float(num_experts * (1.0 - (1.0 - top_k / num_experts) ** tokens))
 
 
 def attention_work(mixer: Mixer, step: Step, deployment: Deployment) -> tuple[float, float]:

@@ -11,7 +11,15 @@ from typing import Any
 from moesim.files.runs import Run
 from moesim.files.tables import raise_all, read_toml
 
-_POINT = ("prompt_tokens", "output_tokens", "concurrency", "num_draft_tokens", "num_instances", "is_dp", "max_requests_per_rank")
+_POINT = (
+    "prompt_tokens",
+    "output_tokens",
+    "concurrency",
+    "num_draft_tokens",
+    "num_instances",
+    "is_dp",
+    "max_requests_per_rank",
+)
 _WHEN = ("model", "system", "backend", "version", "mode", "measured_on", "source", "prompt_tokens", "output_tokens",
          "concurrency", "dp")  # fmt: skip
 SAME_TIME = 1.12
@@ -32,7 +40,11 @@ def load_recipes(path: str | Path | None = None) -> list[dict[str, Any]]:
     settable = {field.name for field in dataclasses.fields(Run)}
     for i, recipe in enumerate(recipes):
         where = f"recipe {i}"
-        mistakes += [f"{where}: when.{key} is not known; one of {', '.join(_WHEN)}" for key in recipe.get("when", {}) if key not in _WHEN]
+        mistakes += [
+            f"{where}: when.{key} is not known; one of {', '.join(_WHEN)}"
+            for key in recipe.get("when", {})
+            if key not in _WHEN
+        ]
         mistakes += [f"{where}: set.{key} is no fact of a run" for key in recipe.get("set", {}) if key not in settable]
         if not ("set" in recipe) ^ ("points" in recipe):
             mistakes.append(f"{where}: must have either set or points")

@@ -70,30 +70,31 @@ def price_runs(runs: Sequence[Run], make_kernels: MakeKernels = roofline_kernels
     Raises:
         ValueError: models or machines that are not known, or layouts that do not fit: all in one message.
     """
-    models: dict[str, ModelSpec | str] = {name: _loaded(load_model, name) for name in {run.model for run in runs}}
-    systems = {(run.system, run.dp * run.tp) for run in runs}
-    clusters = {key: _loaded(lambda name, ranks=key[1]: _cluster(name, ranks), key[0]) for key in systems}
-    mistakes = [said for said in (*models.values(), *clusters.values()) if isinstance(said, str)]
+    models: dict[str, ModelSpec] = {}
+    clusters: dict[tuple[str, int], Cluster] = {}
+    mistakes: list[str] = []
+    for run in runs:
+        machine = run.system, run.dp * run.tp
+        try:
+            if run.model not in models:
+                models[run.model] = load_model(run.model)
+            if machine not in clusters:
+                clusters[machine] = _cluster(*machine)
+        except ValueError as error:
+            mistakes.append(str(error))
     raise_all("runs", list(dict.fromkeys(mistakes)))
     rows = []
     for run in runs:
-        model, cluster = models[run.model], clusters[run.system, run.dp * run.tp]
-        assert isinstance(model, ModelSpec) and isinstance(cluster, Cluster)
-        rows.append(_price(run, model, cluster, make_kernels(cluster, run)))
+        cluster = clusters[run.system, run.dp * run.tp]
+        rows.append(_price(run, models[run.model], cluster, make_kernels(cluster, run)))
     decode, prefill, rate, spans = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Priced(
-        tuple(runs), np.array(decode).reshape(-1, len(PARTS)), np.array(prefill).reshape(-1, len(PARTS)), np.array(rate),
+        tuple(runs), np.array(decode).reshape(-1, len(PARTS)), np.array(prefill).reshape(-1, len(PARTS)),
+        np.array(rate),
         np.array([float(run.num_draft_tokens) for run in runs]),
         np.array([run.output_tokens * run.length_fraction for run in runs]), np.array(spans),
         np.array([run.tpot_s for run in runs]),
     )  # fmt: skip
-
-
-def _loaded(load: Callable[[str], ModelSpec | Cluster], name: str) -> ModelSpec | Cluster | str:
-    try:
-        return load(name)
-    except ValueError as error:
-        return str(error)
 
 
 def _cluster(system: str, num_ranks: int) -> Cluster:
@@ -136,7 +137,9 @@ def predict_tpot_s(priced: Priced, values: Floats) -> Floats:
     for p, name in enumerate(PARTS):
         decode_N += factors[name] * priced.decode_NP[:, p]
         prefill_N += factors[name] * priced.prefill_NP[:, p]
-    tokens_N = tokens_per_iteration(priced.num_drafts_N, priced.output_tokens_N, c["acceptance_rate"], c["acceptance_gain"])
+    tokens_N = tokens_per_iteration(
+        priced.num_drafts_N, priced.output_tokens_N, c["acceptance_rate"], c["acceptance_gain"]
+    )
     waited_N = c["prefill_factor"] * priced.prefills_per_token_N * (prefill_N + c["iteration_overhead_s"])
     return np.asarray((decode_N + c["iteration_overhead_s"]) / tokens_N + waited_N)
 

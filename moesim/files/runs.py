@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +107,11 @@ def read_runs(path: str | Path, facts: Mapping[str, Any] | None = None) -> list[
 def read_serving_runs(path: str | Path) -> list[Run]:
     """Read a table of serving runs, Parquet or CSV, one benchmark point a row.
 
-    Columns: id, backend, model_path ("maker/Model"), system, mode ("agg", or "disagg": prefill and decode apart), isl and
-    osl (prompt and output tokens), silicon_concurrency, silicon_tpot_ms; the parallel sizes tp_size, attention_dp_size,
-    moe_tp_size, moe_ep_size, with "decode_" before them where disaggregated; optional backend_version, silicon_ttft_ms,
-    measured, silicon_data_source. Other columns are left alone. In this layout tp_size excludes data parallelism.
+    Columns: id, backend, model_path ("maker/Model"), system, mode ("agg", or "disagg": prefill and decode apart), isl
+    and osl (prompt and output tokens), silicon_concurrency, silicon_tpot_ms; the parallel sizes tp_size,
+    attention_dp_size, moe_tp_size, moe_ep_size, with "decode_" before them where disaggregated; optional
+    backend_version, silicon_ttft_ms, measured, silicon_data_source. Other columns are left alone. In this layout
+    tp_size excludes data parallelism.
     """
     path = Path(path)
     rows = _rows(path)
@@ -119,9 +121,8 @@ def read_serving_runs(path: str | Path) -> list[Run]:
     raise_all(str(path), [f"column {name} lacks; serving runs need {', '.join(needed)}" for name in lacking])
     mistakes: list[str] = [] if rows else ["no rows; give at least one run"]
     runs = [_run(row, i, mistakes) for i, row in enumerate(rows)]
-    names = [run.name for run in runs if run]
-    for name in sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()):
-        mistakes.append(f"column id: {name!r} names {names.count(name)} rows; give each row its own")
+    count = Counter(run.name for run in runs if run)
+    mistakes += [f"column id: {name!r} names {n} rows; give each row its own" for name, n in count.items() if n > 1]
     raise_all(str(path), mistakes)
     return [run for run in runs if run]
 
@@ -148,9 +149,8 @@ def positive(row: Mapping[str, Any], key: str, where: str, mistakes: list[str]) 
 
 def _run(row: Mapping[str, Any], index: int, mistakes: list[str]) -> Run | None:
     before, where = len(mistakes), f"row {index}"
-    for name in _TEXTS:
-        if not isinstance(row[name], str) or not row[name].strip():
-            mistakes.append(f"{where}: {name} must be a word, not {row[name]!r}")
+    blank = [name for name in _TEXTS if not isinstance(row[name], str) or not row[name].strip()]
+    mistakes += [f"{where}: {name} must be a word, not {row[name]!r}" for name in blank]
     if row["mode"] not in ("agg", "disagg"):
         mistakes.append(f"{where}: mode must be agg or disagg, not {row['mode']!r}")
     numbers = {name: positive(row, name, where, mistakes) for name in _NUMBERS}
@@ -158,7 +158,9 @@ def _run(row: Mapping[str, Any], index: int, mistakes: list[str]) -> Run | None:
     sizes = [positive(row, prefix + name, where, mistakes) for name in SIZES]
     tp, dp, etp, ep = (int(size) for size in sizes)
     if len(mistakes) == before and dp * tp != etp * ep:
-        mistakes.append(f"{where}: attention has {dp} x {tp} ranks but the experts {ep} x {etp}; both must be all of them")
+        mistakes.append(
+            f"{where}: attention has {dp} x {tp} ranks but the experts {ep} x {etp}; both must be all of them"
+        )
     if len(mistakes) > before:
         return None
     ttft_ms = row.get("silicon_ttft_ms")

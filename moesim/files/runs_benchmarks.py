@@ -98,11 +98,10 @@ def _said(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def _benchmark_run(said: Mapping[str, Any], name: str, where: str, mistakes: list[str]) -> list[Run]:
     before = len(mistakes)
-    for key in ("model", "system", "backend"):
-        if not isinstance(said.get(key), str):
-            mistakes.append(f"{where}: {key} is not in the file; give it beside the file, such as {key}=...")
-    numbers = [positive(said, key, where, mistakes) for key in ("isl", "osl", "concurrency_asked", "mean_tpot_ms", "tp_size")]
-    isl, osl, concurrency, tpot_ms, tp = numbers
+    unsaid = [key for key in ("model", "system", "backend") if not isinstance(said.get(key), str)]
+    mistakes += [f"{where}: {key} is not in the file; give it beside the file, such as {key}=..." for key in unsaid]
+    asked = ("isl", "osl", "concurrency_asked", "mean_tpot_ms", "tp_size")
+    isl, osl, concurrency, tpot_ms, tp = (positive(said, key, where, mistakes) for key in asked)
     dp, ep = (int(said.get(key, 1)) for key in ("attention_dp_size", "moe_ep_size"))
     if len(mistakes) > before:
         return []
@@ -125,14 +124,13 @@ def _own_runs(item: Mapping[str, Any], name: str, where: str, mistakes: list[str
         scenario, metrics = result["scenario"], result["metrics"]
         layout, workload = scenario.get("layout", {}), scenario.get("workload", {})
         attention, experts = layout.get("attention", {}), layout.get("experts", {})
-        numbers = {key: positive(workload, key, where, mistakes) for key in ("prompt_tokens", "output_tokens", "num_requests")}
-        found.append(
-            Run(
-                f"{name} {label}".strip(), scenario["model"], scenario["hardware"], "moesim", numbers["prompt_tokens"],
-                numbers["output_tokens"], numbers["num_requests"], attention.get("tp", 1),
-                positive(metrics, "tpot_s", where, mistakes), result.get("version", ""), True, attention.get("dp", 1),
-                experts.get("ep", 1), experts.get("etp", 1), metrics.get("ttft_s"),
-                scenario.get("dtypes", {}).get("kv", "bf16"), source=f"moesim run, engine {result.get('engine')}",
-            )  # fmt: skip
-        )
+        asked = ("prompt_tokens", "output_tokens", "num_requests")
+        prompt, output, requests = (positive(workload, key, where, mistakes) for key in asked)
+        run = Run(
+            f"{name} {label}".strip(), scenario["model"], scenario["hardware"], "moesim", prompt, output, requests,
+            attention.get("tp", 1), positive(metrics, "tpot_s", where, mistakes), result.get("version", ""), True,
+            attention.get("dp", 1), experts.get("ep", 1), experts.get("etp", 1), metrics.get("ttft_s"),
+            scenario.get("dtypes", {}).get("kv", "bf16"), source=f"moesim run, engine {result.get('engine')}",
+        )  # fmt: skip
+        found.append(run)
     return found

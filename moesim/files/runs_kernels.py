@@ -30,7 +30,9 @@ def kernel_root(path: str | Path) -> Path:
     path = Path(path)
     root = path / "data" if (path / "data").is_dir() else path
     if not next(root.glob("*/*/*/*/*_perf.parquet"), None):
-        raise ValueError(f"{path}: no <system>/<family>/<backend>/<version>/*_perf.parquet below it; give kernel tables")
+        raise ValueError(
+            f"{path}: no <system>/<family>/<backend>/<version>/*_perf.parquet below it; give kernel tables"
+        )
     return root
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-COMMANDS: tuple[click.Command, ...] = ()
+from moesim.cli.validate.serving import serving_command
+
+COMMANDS: tuple[click.Command, ...] = (serving_command,)
 
 
 @click.group("validate")

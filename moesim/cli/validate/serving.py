@@ -1,0 +1,29 @@
+"""`moesim validate serving`: seconds per output token of real runs, predicted without their own group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("serving")
+@click.argument("runs", type=click.Path(path_type=Path))
+@click.option("--kernels", type=click.Path(path_type=Path), help="Folder of measured kernel tables (aiconfigurator's).")
+@click.option("--recipes", type=click.Path(path_type=Path), help="Instead of the packaged recipes.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--all", "all_cases", is_flag=True, help="Print every run.")
+def serving_command(runs: Path, kernels: Path | None, recipes: Path | None, as_json: bool, all_cases: bool) -> None:
+    """Predict the time per output token of RUNS, each (model, system, backend) by constants fitted to the others."""
+    if not runs.exists():
+        click.echo(f"{runs}: no such file; nothing is validated", err=True)
+        click.echo('{"name": "serving", "skipped": true}' if as_json else f"serving: skipped, {runs} is not there")
+        return
+    from moesim.calibrate.measured import load_kernels
+    from moesim.calibrate.recipes import load_recipes, with_recipes
+    from moesim.cli.validate.printing import print_validation
+    from moesim.files.runs import read_runs
+    from moesim.validate.serving import validate_serving
+
+    read = with_recipes(read_runs(runs), load_recipes(recipes))
+    print_validation(validate_serving(read, load_kernels(kernels) if kernels else None), as_json, all_cases)
