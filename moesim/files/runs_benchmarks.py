@@ -122,10 +122,17 @@ def _own_runs(item: Mapping[str, Any], name: str, where: str, mistakes: list[str
     found: list[Run] = []
     for label, result in {"": item, **item.get("beside", {})}.items():
         scenario, metrics = result["scenario"], result["metrics"]
+        if not {"model", "hardware"} <= scenario.keys():
+            mistakes.append(f"{where}: its scenario has no model, hardware; give the output of moesim run --json")
+            continue
         layout, workload = scenario.get("layout", {}), scenario.get("workload", {})
         attention, experts = layout.get("attention", {}), layout.get("experts", {})
-        asked = ("prompt_tokens", "output_tokens", "num_requests")
-        prompt, output, requests = (positive(workload, key, where, mistakes) for key in asked)
+        output, requests = (positive(workload, key, where, mistakes) for key in ("output_tokens", "num_requests"))
+        if "prompt_tokens" in workload:
+            prompt = positive(workload, "prompt_tokens", where, mistakes)
+        else:  # the trace's own lengths: what was prefilled, over the requests
+            rate, ttft_s = (positive(metrics, key, where, mistakes) for key in ("prefill_tokens_per_s", "ttft_s"))
+            prompt = rate * ttft_s / requests
         run = Run(
             f"{name} {label}".strip(), scenario["model"], scenario["hardware"], "moesim", prompt, output, requests,
             attention.get("tp", 1), positive(metrics, "tpot_s", where, mistakes), result.get("version", ""), True,

@@ -94,9 +94,7 @@ def read_profile(path: str | Path, step_name: str | None = None) -> ProfiledStep
         spans.append(max(end, max(stop for _, stop in inside)) - start)
         busy.append(covered(inside))
     if not spans:
-        raise ValueError(
-            f"{path}: no kernel starts inside any of its {len(steps)} iterations; synchronise before step()"
-        )
+        raise ValueError(f"{path}: no kernel starts in any of its {len(steps)} iterations; synchronise before step()")
     num = len(spans)
     seconds = {label: us * 1e-6 / num for label, us in sorted(class_us.items())}
     return ProfiledSteps(num, seconds, float(np.mean(spans)) * 1e-6, float(np.mean(busy)) * 1e-6)
