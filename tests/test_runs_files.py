@@ -233,16 +233,16 @@ def test_broken_traces_are_refused(tmp_path, text, said):
 
 
 def test_a_trace_starts_the_host_overhead_of_a_calibration(tmp_path):
-    rows = [AGGREGATED | {"id": f"{s}{c}", "system": s, "silicon_concurrency": c, "silicon_tpot_ms": 4 + c**0.5}
+    rows = [AGGREGATED | {"id": f"{s}{c}", "system": s, "silicon_concurrency": c, "silicon_tpot_ms": 3 + c**0.5 / 4}
             for s in ("h100_sxm", "h200_sxm", "b200_sxm") for c in (4.0, 16.0, 64.0)]  # fmt: skip
     runs = str(parquet(tmp_path, *rows))
-    slow = [event("user_annotation", "ProfilerStep#1", 0, 4000), event("kernel", "gemm", 100, 1000)]
+    slow = [event("user_annotation", "ProfilerStep#1", 0, 2000), event("kernel", "gemm", 100, 1000)]
     (tmp_path / "t.json").write_text(json.dumps({"traceEvents": slow}))
     found = {}
     for name, more in {"without": [], "with": ["--trace", str(tmp_path / "t.json")]}.items():
         result = CliRunner().invoke(cli, ["calibrate", runs, "--json", *more], catch_exceptions=False)
         found[name] = json.loads(result.stdout)["constants"]["iteration_overhead_s"]["value"]
-    gap_s = 3e-3
+    gap_s = 1e-3
     assert abs(math.log(found["with"] / gap_s)) < abs(math.log(found["without"] / gap_s)) / 2
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from moesim.calibrate.parts import Deployment, Kernels, Roofline, Step
 from moesim.files.runs import Run
-from moesim.files.runs_kernels import Conditions, Floats, kernel_root, kernel_rows, kernel_table
+from moesim.files.runs_kernels import Conditions, Floats, kernel_root, kernel_rows, kernel_words
 from moesim.hardware import Cluster
 from moesim.mixers import Attention, LatentAttention, Mixer
 from moesim.model import Experts
@@ -22,6 +22,8 @@ from moesim.model import Experts
 BACKENDS = ("trtllm", "vllm", "sglang")
 DISTRIBUTIONS = ("power_law_1.01", "balanced")
 """Skew of the measured routing: real routers are skewed, and balanced rows of spread experts do not fit the others."""
+EXCHANGE_SMS = 20
+"""Streaming multiprocessors of an exchange: DeepEP's default, and the one size that all tables hold."""
 _DTYPES = {"bf16": "bfloat16", "fp8": "fp8", "fp8_block": "fp8_block"}
 _EXPERT_DTYPES = {
     "bf16": ("bfloat16",), "fp8": ("fp8",), "fp8_block": ("fp8_block",), "nvfp4": ("nvfp4",),
@@ -150,20 +152,34 @@ class Measured:
 
     def allreduce_s(self, num_bytes: float, size: int) -> tuple[float, float]:
         """Measured all-reduce of the backend inside a node: what the bytes add to the smallest one, and that one."""
-        within_node = size <= self.cluster.devices_per_node
-        table = kernel_table(self.root, self.system, "comm", self.backend, "custom_allreduce_perf")
-        names = set(table["kernel_source"].to_pylist()) if within_node and table is not None else set()
-        for name in sorted(name for name in names if "eager" not in name):  # decoding runs captured graphs
+        place = (self.root, self.system, "comm", self.backend, "custom_allreduce_perf")
+        names = kernel_words(*place, "kernel_source") if size <= self.cluster.devices_per_node else ()
+        for name in (name for name in names if "eager" not in name):  # decoding runs captured graphs
             conditions: Conditions = (("num_gpus", size), ("kernel_source", name))
-            rows = kernel_rows(
-                self.root, self.system, "comm", self.backend, "custom_allreduce_perf", conditions, ("message_size",)
-            )
+            rows = kernel_rows(*place, conditions, ("message_size",))
             if rows is not None:
                 elements_N, seconds_N = rows
                 start_s = float(seconds_N.min())
                 elements = num_bytes / 2  # message_size counts bf16 elements
                 return max(line(elements, elements_N, seconds_N) - start_s, 0.0), start_s
         return self._roofline.allreduce_s(num_bytes, size)
+
+    def exchange_s(self, experts: Experts, tokens: float, deployment: Deployment) -> tuple[float, float]:
+        """Measured DeepEP normal dispatch and combine, with what their notifications take; it is all in the bytes."""
+        conditions: Conditions = (
+            ("node_num", deployment.num_ranks // self.cluster.devices_per_node),
+            ("hidden_size", deployment.model.hidden_size),
+            ("num_topk", experts.top_k),
+            ("num_experts", experts.num_experts),
+            ("dispatch_sms", EXCHANGE_SMS),
+        )
+        times = ("dispatch_transmit_us", "dispatch_notify_us", "combine_transmit_us", "combine_notify_us")
+        rows = kernel_rows(
+            self.root, self.system, "comm", "sglang", "wideep_deepep_normal_perf", conditions, ("num_token", *times)
+        )
+        if rows is None:
+            return self._roofline.exchange_s(experts, tokens, deployment)
+        return line(tokens, rows[0], 1e-6 * np.sum(rows[1:], axis=0)), 0.0
 
 
 def floor_scaled(measured_s: float, wanted_s: float, near_s: float, floor_s: float) -> float:

@@ -49,6 +49,11 @@ class Deployment:
         """Whether its collectives leave the node."""
         return self.num_ranks > self.cluster.devices_per_node
 
+    @property
+    def sends_tokens(self) -> bool:
+        """Whether tokens go to the ranks of their experts alone (DeepEP), as engines do between nodes."""
+        return self.dp > 1 and self.ep > 1 and self.spans_nodes
+
 
 @dataclass(frozen=True)
 class Step:
@@ -82,6 +87,9 @@ class Kernels(Protocol):
     def allreduce_s(self, num_bytes: float, size: int) -> tuple[float, float]:
         """Seconds for the bytes of an all-reduce among `size` ranks, and seconds to start it."""
 
+    def exchange_s(self, experts: Experts, tokens: float, deployment: Deployment) -> tuple[float, float]:
+        """Seconds for the bytes of a dispatch and a combine of a rank's tokens, and seconds to start them."""
+
 
 def iteration_parts(
     deployment: Deployment, step: Step, kernels: Kernels, num_layers: int | None = None
@@ -111,25 +119,28 @@ def _layer_parts(
     h, dtypes, parts = model.hidden_size, model.dtypes, dict.fromkeys(PARTS, 0.0)
     products: list[tuple[float, float, str]] = []
     collectives: list[tuple[float, int]] = []
-    kernels_run = 0.0
+    launches = 0.0  # as `moesim.program.forward` counts them
     if mixer is not None:
         products += [(n, k, dtypes.attention) for n, k in projections(mixer, h, tp)]
         parts["attention"] = kernels.attention_s(mixer, step, deployment)
-        kernels_run += 4.0
+        launches += 7.0 if isinstance(mixer, LatentAttention) else 4.0
         if tp > 1:
             collectives.append((tokens, tp))
     if isinstance(ffn, Dense):
         products += _feed_forward(h, ffn.width, ffn.gated, tp, dtypes.dense)
-        kernels_run += 2.0
+        launches += 3.0
         if tp > 1:
             collectives.append((tokens, tp))
     elif isinstance(ffn, Experts):
         products.append((ffn.num_experts, h, dtypes.activation))
         if width := ffn.shared_width + ffn.residual_width:
+            launches += 3.0
             products += _feed_forward(h, width, ffn.gated, tp, dtypes.dense)
         parts["experts"] = kernels.experts_s(ffn, tokens * deployment.dp, deployment)
-        kernels_run += 5.0
-        if deployment.num_ranks > 1:
+        launches += 4.0  # router and experts
+        if deployment.sends_tokens:
+            parts["collective"], parts["collective_start"] = kernels.exchange_s(ffn, tokens, deployment)
+        elif deployment.num_ranks > 1:
             collectives.append((tokens * deployment.dp, deployment.num_ranks))
             if deployment.dp > 1:  # its two halves, before and after the experts, are two kernels
                 collectives.append((0.0, deployment.num_ranks))
@@ -139,8 +150,8 @@ def _layer_parts(
         parts["collective"] += moving
         parts["collective_start"] += starting
     # Rows of fp8 products are quantised first, by a kernel of their own.
-    kernels_run += sum(2.0 if dtype.startswith("fp8") else 1.0 for _, _, dtype in products)
-    parts["launch"] = kernels_run * compute.launch_s(deployment.cluster.device, "value")
+    launches += sum(dtype.startswith("fp8") for _, _, dtype in products)
+    parts["launch"] = launches * compute.launch_s(deployment.cluster.device, "value")
     return parts
 
 
@@ -202,8 +213,19 @@ class Roofline:
             half_s += float(network.half_all_reduce_s(np.array(num_bytes / local), size, self.cluster))
         return 2 * half_s, network.start_s(size, self.cluster)
 
+    def exchange_s(self, experts: Experts, tokens: float, deployment: Deployment) -> tuple[float, float]:
+        """A token goes once to each other node that has one of its experts, in one byte, and comes back in two.
 
-def expected_distinct(num_experts: int, top_k: int, tokens: float) -> float:
+        Source: DeepEP's normal kernels (github.com/deepseek-ai/DeepEP), choices even and independent.
+        """
+        nodes = deployment.num_ranks / self.cluster.devices_per_node
+        reached = expected_distinct(nodes, 1, experts.top_k) * (nodes - 1) / nodes
+        rate = self.cluster.scale_out.bytes_per_s * compute.efficiency(self.cluster.device, "network", "value")
+        num_bytes = 3.0 * tokens * reached * deployment.model.hidden_size
+        return num_bytes / rate, 2 * network.start_s(deployment.num_ranks, self.cluster)
+
+
+def expected_distinct(num_experts: float, top_k: int, tokens: float) -> float:
     """Experts that at least one of the tokens chose, choices even and independent.
 
     >>> expected_distinct(4, 1, 1)

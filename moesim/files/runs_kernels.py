@@ -1,7 +1,7 @@
 """Measured kernel tables in aiconfigurator's layout, read as arrays.
 
 Layout: DIR/<system>/<family>/<backend>/<version>/<table>.parquet, DIR or its folder `data`; one measurement a row, with
-`latency` in milliseconds.
+`latency` in milliseconds, or times in microseconds under names that say so.
 """
 
 from __future__ import annotations
@@ -37,21 +37,18 @@ def kernel_root(path: str | Path) -> Path:
 
 
 @cache
-def kernel_table(root: Path, system: str, family: str, backend: str, table: str) -> pa.Table | None:
-    """The table of the newest version that has it, or None.
+def kernel_tables(root: Path, system: str, family: str, backend: str, table: str) -> tuple[Path, ...]:
+    """Files of every version that has the table, the newest first."""
+    found = root.glob(f"{system}/{family}/{backend}/*/{table}.parquet")
+    return tuple(sorted(found, key=lambda path: _version(path.parent.name), reverse=True))
 
-    Raises:
-        ValueError: the file is damaged or has no latency.
-    """
-    found = sorted(root.glob(f"{system}/{family}/{backend}/*/{table}.parquet"), key=lambda p: _version(p.parent.name))
-    if not found:
-        return None
+
+@cache
+def _table(path: Path) -> pa.Table:
     try:
-        read = pq.read_table(found[-1])
+        return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{found[-1]}: not a whole Parquet file ({error}); copy it again") from error
-    raise_all(str(found[-1]), [] if "latency" in read.column_names else ["column latency lacks; it holds milliseconds"])
-    return read
+        raise ValueError(f"{path}: not a whole Parquet file ({error}); copy it again") from error
 
 
 def _version(text: str) -> list[tuple[int, str]]:
@@ -64,16 +61,31 @@ def _version(text: str) -> list[tuple[int, str]]:
 def kernel_rows(
     root: Path, system: str, family: str, backend: str, table: str, conditions: Conditions, columns: tuple[str, ...]
 ) -> tuple[Floats, ...] | None:
-    """Columns and, last, seconds of the rows that meet every condition; None where there are none.
+    """Columns of the rows that meet every condition, and last their seconds, where the table has a latency.
 
-    A condition on a column that the table lacks is not asked.
+    The newest version that has such rows is taken. A condition on a column that a table lacks is not asked.
+
+    Returns:
+        One array a column; None where no version has such a row.
+
+    Raises:
+        ValueError: a file is damaged, or lacks a column.
     """
-    read = kernel_table(root, system, family, backend, table)
-    if read is None:
-        return None
-    for name, value in conditions:
-        if name in read.column_names:
-            read = read.filter(pc.equal(read[name], value))
-    if not read.num_rows:
-        return None
-    return (*(read[name].to_numpy().astype(np.float64) for name in columns), read["latency"].to_numpy() * 1e-3)
+    for path in kernel_tables(root, system, family, backend, table):
+        read = _table(path)
+        has = read.column_names
+        raise_all(str(path), [f"column {name} lacks; it has {', '.join(has)}" for name in columns if name not in has])
+        for name, value in conditions:
+            if name in has:
+                read = read.filter(pc.equal(read[name], value))
+        if read.num_rows:
+            latency = (read["latency"].to_numpy() * 1e-3,) if "latency" in has else ()
+            return (*(read[name].to_numpy().astype(np.float64) for name in columns), *latency)
+    return None
+
+
+def kernel_words(root: Path, system: str, family: str, backend: str, table: str, column: str) -> tuple[str, ...]:
+    """Different words of a column of the newest version, sorted; none where there is no such table."""
+    for path in kernel_tables(root, system, family, backend, table):
+        return tuple(sorted(set(_table(path)[column].to_pylist())))
+    return ()
