@@ -411,6 +411,15 @@ def test_unknown_models_and_machines_are_told_together():
         price_runs([dataclasses.replace(run, model="no-model"), dataclasses.replace(run, system="no-machine")])
 
 
+def test_experts_in_another_format_are_read_in_it_and_labels_of_as_many_bits_change_nothing():
+    run = next(run for run in made_runs().runs if run.model == "deepseek-r1")
+    own, same, half = price_runs([dataclasses.replace(run, expert_dtype=d) for d in ("", "fp8", "nvfp4")]).decode_NP
+    experts = PARTS.index("experts")
+    assert np.array_equal(own, same)
+    assert half[experts] == pytest.approx(own[experts] * 0.5625, rel=0.02)
+    assert np.array_equal(np.delete(half, experts), np.delete(own, experts))
+
+
 def test_requests_beyond_the_slots_wait_and_do_not_decode():
     run = dataclasses.replace(made_runs().runs[0], concurrency=64.0)
     free, limited = price_runs([run, dataclasses.replace(run, max_requests_per_rank=8)]), price_runs(
@@ -459,6 +468,28 @@ def test_validate_serving_prints_groups_and_facts(tmp_path):
     shape = json.loads(result.stdout)
     assert shape["rows"] == 72 and shape["median_abs_error"] < 0.2 and "baseline_median_abs_error" in shape
     assert any("easier split" in name for name in shape["facts"])
+
+
+def test_a_profile_predicts_other_groups_and_is_not_judged_on_its_own(tmp_path):
+    timed = [run for run in made_runs(0.03).runs if run.num_draft_tokens == 0]
+    mine = as_csv(tmp_path / "mine.csv", [run for run in timed if run.system != "b200_sxm"])
+    every, profile = as_csv(tmp_path / "every.csv", timed), str(tmp_path / "p.toml")
+    CliRunner().invoke(cli, ["calibrate", mine, "-o", profile], catch_exceptions=False)
+    told = ["validate", "serving", every, "--profile", profile, "--json"]
+    shape = json.loads(CliRunner().invoke(cli, told, catch_exceptions=False).stdout)
+    assert shape["rows"] == 12 and {row["group"] for row in shape["table"] if not row["fitted"]} == {
+        "gpt-oss-120b b200_sxm trtllm"
+    }
+    predicted = {row["case"]: row["predicted"] for row in shape["table"]}
+    slower = as_csv(tmp_path / "every.csv", [dataclasses.replace(run, tpot_s=9 * run.tpot_s) for run in timed])
+    shape = json.loads(CliRunner().invoke(cli, [*told[:2], slower, *told[3:]], catch_exceptions=False).stdout)
+    assert {row["case"]: row["predicted"] for row in shape["table"]} == predicted
+
+
+def test_a_profile_of_other_kernels_is_refused(kernels):
+    profile = dataclasses.replace(calibrate(made_runs(), "roofline")[0], kernels="measured tables: x")
+    with pytest.raises(ValueError, match="'measured tables: x'; give the same"):
+        validate_serving(made_runs().runs, None, profile)
 
 
 # Real runs

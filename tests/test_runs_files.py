@@ -80,6 +80,7 @@ def test_every_broken_row_is_told_at_once(tmp_path):
         AGGREGATED | {"id": "e", "mode": "disagg"},
         AGGREGATED | {"id": "f"},
         AGGREGATED | {"id": "f"},
+        AGGREGATED | {"id": "g", "moe_quant_mode": "nvfp5"},
     ]
     with pytest.raises(ValueError) as caught:
         read_runs(parquet(tmp_path, *rows))
@@ -89,6 +90,7 @@ def test_every_broken_row_is_told_at_once(tmp_path):
         "row 0: silicon_tpot_ms must be a positive number, not -1.0", "row 1: mode must be agg or disagg",
         "row 2: attention has 4 x 2 ranks but the experts 4 x 1", "row 3: backend must be a word, not None",
         "row 4: decode_tp_size must be a positive number, not None", "'f' names 2 rows",
+        "row 7: moe_quant_mode 'nvfp5' is not known",
     ):  # fmt: skip
         assert piece in said
 

@@ -10,7 +10,7 @@ a request sees as many prefills while it decodes as others decode beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from moesim.files.models import load_model
 from moesim.files.runs import Run
 from moesim.files.tables import raise_all
 from moesim.hardware import Cluster
-from moesim.model import ModelSpec
+from moesim.model import BYTES_PER_PARAM, ModelSpec
 
-SYSTEMS = {"a100_sxm": "dgx-a100", "h100_sxm": "hgx-h100", "h200_sxm": "hgx-h200", "b200_sxm": "hgx-b200"}
+SYSTEMS = {"a100_sxm": "dgx-a100", "h100_sxm": "hgx-h100", "h200_sxm": "hgx-h200", "b200_sxm": "hgx-b200",
+           "gb200": "gb200-nvl72"}  # fmt: skip
 """Machines of runs, as presets; other names are taken for presets or paths themselves."""
 
 MakeKernels = Callable[[Cluster, Run], Kernels]
@@ -105,7 +106,7 @@ def _cluster(system: str, num_ranks: int) -> Cluster:
 
 
 def _price(run: Run, model: ModelSpec, cluster: Cluster, kernels: Kernels) -> tuple[Floats, Floats, float, float]:
-    deployment = Deployment(model, cluster, run.dp, run.tp, run.ep, run.etp, run.kv_dtype)
+    deployment = Deployment(_quantised(model, run.expert_dtype), cluster, run.dp, run.tp, run.ep, run.etp, run.kv_dtype)
     prompt, output = run.prompt_tokens * run.length_fraction, run.output_tokens * run.length_fraction
     per_rank = run.concurrency / (run.num_instances * run.dp)
     if run.max_requests_per_rank is not None:
@@ -119,6 +120,14 @@ def _price(run: Run, model: ModelSpec, cluster: Cluster, kernels: Kernels) -> tu
         return decode, np.zeros(len(PARTS)), 0.0, float(deployment.spans_nodes)
     prefill = _array(iteration_parts(deployment, Step(prompt, 1.0, prompt, is_prefill=True), kernels))
     return decode, prefill, (per_rank - 1 / run.dp) / output, float(deployment.spans_nodes)
+
+
+def _quantised(model: ModelSpec, expert_dtype: str) -> ModelSpec:
+    """The model with its experts in another format; one of as many bits is a label for the model's own."""
+    own = model.dtypes.experts
+    if not expert_dtype or round(8 * BYTES_PER_PARAM[expert_dtype]) == round(8 * BYTES_PER_PARAM[own]):
+        return model
+    return replace(model, dtypes=replace(model.dtypes, experts=expert_dtype))
 
 
 def _array(parts: dict[str, float]) -> Floats:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from moesim.files.keys import nearest
 from moesim.files.tables import raise_all
 
 
@@ -33,6 +34,7 @@ class Run:
         dp, tp, ep, etp: ranks of one decode instance: attention dp x tp, experts ep x etp.
         tpot_s, ttft_s: measured mean seconds per output token after the first, and to the first (None: not given).
         kv_dtype: storage format of the KV cache.
+        expert_dtype: storage format of the experts where it is not the model's own; "" where it is.
         num_draft_tokens: tokens guessed beside each decoded one (multi-token prediction).
         num_instances: decode instances that share the requests.
         max_requests_per_rank: requests that one attention rank of an instance decodes at a time; None: no limit.
@@ -56,6 +58,7 @@ class Run:
     etp: int = 1
     ttft_s: float | None = None
     kv_dtype: str = "bf16"
+    expert_dtype: str = ""
     num_draft_tokens: int = 0
     num_instances: int = 1
     max_requests_per_rank: int | None = None
@@ -80,6 +83,9 @@ class Run:
         )
 
 
+EXPERT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "fp8": "fp8", "fp8_block": "fp8_block", "nvfp4": "nvfp4",
+                 "int4_wo": "int4", "w4a16_mxfp4": "mxfp4", "w4a8_mxfp4_mxfp8": "mxfp4"}  # fmt: skip
+"""moe_quant_mode -> storage format."""
 SIZES = ("tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
 _TEXTS = ("id", "backend", "model_path", "system", "mode")
 _NUMBERS = ("isl", "osl", "silicon_concurrency", "silicon_tpot_ms")
@@ -110,8 +116,8 @@ def read_serving_runs(path: str | Path) -> list[Run]:
     Columns: id, backend, model_path ("maker/Model"), system, mode ("agg", or "disagg": prefill and decode apart), isl
     and osl (prompt and output tokens), silicon_concurrency, silicon_tpot_ms; the parallel sizes tp_size,
     attention_dp_size, moe_tp_size, moe_ep_size, with "decode_" before them where disaggregated; optional
-    backend_version, silicon_ttft_ms, measured, silicon_data_source. Other columns are left alone. In this layout
-    tp_size excludes data parallelism.
+    backend_version, silicon_ttft_ms, measured, silicon_data_source, and moe_quant_mode, a key of `EXPERT_DTYPES`. Other
+    columns are left alone. In this layout tp_size excludes data parallelism.
     """
     path = Path(path)
     rows = _rows(path)
@@ -161,6 +167,9 @@ def _run(row: Mapping[str, Any], index: int, mistakes: list[str]) -> Run | None:
         mistakes.append(
             f"{where}: attention has {dp} x {tp} ranks but the experts {ep} x {etp}; both must be all of them"
         )
+    quantised = row.get("moe_quant_mode")
+    if quantised is not None and quantised not in EXPERT_DTYPES:
+        mistakes.append(f"{where}: moe_quant_mode {quantised!r} is not known; {nearest(str(quantised), EXPERT_DTYPES)}")
     if len(mistakes) > before:
         return None
     ttft_ms = row.get("silicon_ttft_ms")
@@ -177,6 +186,7 @@ def _run(row: Mapping[str, Any], index: int, mistakes: list[str]) -> Run | None:
         dp=dp, tp=tp, ep=ep, etp=etp,
         tpot_s=numbers["silicon_tpot_ms"] / 1e3,
         ttft_s=ttft_ms / 1e3 if ttft_ms else None,
+        expert_dtype=EXPERT_DTYPES.get(quantised or "", ""),
         source=row.get("silicon_data_source") or "",
         measured_on=str(row.get("measured") or "")[:10],
     )  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 
 from moesim.calibrate.constants import NAMES, Floats, starting_values
 from moesim.calibrate.folds import hold_out, shuffled_folds
+from moesim.calibrate.profile import CalibratedProfile
 from moesim.calibrate.serving import MakeKernels, Priced, predict_tpot_s, price_runs, roofline_kernels
 from moesim.files.runs import Run
 from moesim.validate.cases import Case, Validation
@@ -23,36 +24,55 @@ def plain_roofline(runs: Sequence[Run]) -> Floats:
     return predict_tpot_s(price_runs(runs), np.array([values[name] for name in NAMES]))
 
 
-def validate_serving(runs: Sequence[Run], make_kernels: MakeKernels | None = None) -> Validation:
-    """Predict every run by cross-validation grouped by (model, system, backend).
+def validate_serving(
+    runs: Sequence[Run], make_kernels: MakeKernels | None = None, profile: CalibratedProfile | None = None
+) -> Validation:
+    """Predict every run: by a profile fitted to others, or by cross-validation grouped by (model, system, backend).
+
+    Runs of a group that the profile was fitted to are marked as fitted, and count in no error.
 
     Raises:
-        ValueError: runs of fewer than three groups, or with unknown models or machines.
+        ValueError: runs with unknown models or machines; without a profile, runs of fewer than three groups; with one,
+            kernels from elsewhere than its own.
     """
     priced = price_runs(runs, make_kernels or roofline_kernels)
-    held = hold_out(priced, [run.group for run in runs])
-    baseline_N = plain_roofline(runs)
+    if profile is not None:
+        if profile.kernels.startswith("measured") != (make_kernels is not None):
+            raise ValueError(f"profile: it was fitted with kernels of {profile.kernels!r}; give the same to predict")
+        predicted_N, low_N, high_N = profile.predict(priced)
+        facts = {"split": f"all by one profile, fitted to {', '.join(profile.facts.get('groups', ['other runs']))}"}
+    else:
+        held = hold_out(priced, [run.group for run in runs])
+        predicted_N, low_N, high_N = held.predicted_s_N, held.low_s_N, held.high_s_N
+        facts = {
+            "split": "no run of a (model, system, backend) is used for the constants that predict it",
+            "easier split, by configuration inside the groups": _easier(priced),
+        }
+    rows = zip(runs, predicted_N, low_N, high_N, plain_roofline(runs), strict=True)
+    seen = set(profile.facts.get("groups", ())) if profile else set()
     cases = tuple(
-        Case(run.name, run.tpot_s, float(predicted), float(low), float(high), group=run.group, baseline=float(baseline))
-        for run, predicted, low, high, baseline in zip(
-            runs, held.predicted_s_N, held.low_s_N, held.high_s_N, baseline_N, strict=True
+        Case(
+            run.name, run.tpot_s, float(predicted), float(low), float(high), run.group in seen, run.group, float(plain)
         )
+        for run, predicted, low, high, plain in rows
     )
-    error_N = np.abs(held.predicted_s_N / priced.tpot_s_N - 1)
+    facts = {"kernels": "measured tables" if make_kernels else "roofline"} | facts | _set_aside(runs, predicted_N)
+    return Validation("serving", cases, facts)
+
+
+def _set_aside(runs: Sequence[Run], predicted_N: Floats) -> dict[str, str]:
+    """Errors without the runs that something is to be said of."""
+    error_N = np.abs(predicted_N / np.array([run.tpot_s for run in runs]) - 1)
     told_N = np.array([run.is_told_by_time for run in runs])
     queued_N = np.array([(run.ttft_s or 0.0) > QUEUED * run.tpot_s * run.output_tokens for run in runs])
-    facts = {
-        "kernels": "measured tables" if make_kernels else "roofline",
-        "split": "no run of a (model, system, backend) is used for the constants that predict it",
-        "easier split, by configuration inside the groups": _easier(priced),
-        "runs whose recipe was told apart by their times": (
-            f"{told_N.sum()}; errors without them: {_said(error_N[~told_N])}"
-        ),
-        "runs whose requests mostly waited, so that concurrency is not the batch": (
-            f"{queued_N.sum()}; errors without them: {_said(error_N[~queued_N])}"
-        ),
+    return {
+        what: f"{out_N.sum()}; errors without them: {_said(error_N[~out_N])}"
+        for what, out_N in {
+            "runs whose recipe was told apart by their times": told_N,
+            "runs whose requests mostly waited, so that concurrency is not the batch": queued_N,
+        }.items()
+        if out_N.any()
     }
-    return Validation("serving", cases, facts)
 
 
 def _easier(priced: Priced) -> str:
