@@ -191,6 +191,7 @@ EVENTS = [
     event("gpu_memcpy", "Memcpy DtoH", 165, 5),
     event("kernel", "rms_norm_kernel", 180, 5),
     event("cpu_op", "aten::mm", 0, 90),
+    event("gpu_user_annotation", "ProfilerStep#1", 10, 60),
     {"ph": "M", "name": "process_name"},
 ]
 
@@ -210,6 +211,14 @@ def test_a_trace_adds_up_by_class_and_leaves_the_gaps(tmp_path, zipped):
     assert found.gap_s == pytest.approx(60e-6)
     named = read_profile(_named(tmp_path), "decode")
     assert named.num_steps == 1
+
+
+def test_work_that_outlasts_its_iteration_keeps_the_next_one_busy(tmp_path):
+    late = [event("user_annotation", f"ProfilerStep#{i}", 100 * i, 100) for i in (0, 1)]
+    late += [event("kernel", "gemm", 80, 70), event("kernel", "gemm", 160, 40)]
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": late}))
+    found = read_profile(tmp_path / "t.json")
+    assert (found.span_s, found.busy_s) == (pytest.approx(100e-6), pytest.approx((20 + 90) / 2 * 1e-6))
 
 
 def _named(tmp_path):

@@ -63,16 +63,14 @@ def read_profile(path: str | Path, step_name: str | None = None) -> ProfiledStep
 
     Layout: {"traceEvents": [{"ph": "X", "cat": ..., "name": ..., "ts": us, "dur": us}, ...]}; kernels have the category
     "kernel", "gpu_memcpy" or "gpu_memset"; iterations are annotations "ProfilerStep#n", or those called `step_name`. A
-    kernel belongs to the iteration in which it starts.
+    kernel belongs to the iteration in which it starts, but keeps the GPU busy in every one that it runs in.
 
     Raises:
         ValueError: not such a trace, or no iteration or kernel in it.
     """
     path = Path(path)
     events = _events(path)
-    steps = sorted(
-        {(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events if _is_step(str(e.get("name")), step_name)}
-    )
+    steps = sorted({(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events if _is_step(e, step_name)})
     kernels = [(float(e["ts"]), float(e["dur"]), str(e.get("name"))) for e in events if e.get("cat") in _GPU]
     if not steps:
         wanted = step_name or "ProfilerStep#n"
@@ -84,15 +82,16 @@ def read_profile(path: str | Path, step_name: str | None = None) -> ProfiledStep
     class_us: dict[str, float] = {}
     spans, busy = [], []
     for start, end in steps:
-        inside = [(ts, ts + dur) for ts, dur, _ in kernels if start <= ts < end]
-        if not inside:
+        mine = [(dur, name) for ts, dur, name in kernels if start <= ts < end]
+        if not mine:
             continue
-        for ts, dur, name in kernels:
-            if start <= ts < end:
-                label = kernel_class(name)
-                class_us[label] = class_us.get(label, 0.0) + dur
-        spans.append(max(end, max(stop for _, stop in inside)) - start)
-        busy.append(covered(inside))
+        for dur, name in mine:
+            label = kernel_class(name)
+            class_us[label] = class_us.get(label, 0.0) + dur
+        spans.append(end - start)
+        busy.append(
+            covered([(max(ts, start), min(ts + dur, end)) for ts, dur, _ in kernels if ts < end and ts + dur > start])
+        )
     if not spans:
         raise ValueError(f"{path}: no kernel starts in any of its {len(steps)} iterations; synchronise before step()")
     num = len(spans)
@@ -100,8 +99,11 @@ def read_profile(path: str | Path, step_name: str | None = None) -> ProfiledStep
     return ProfiledSteps(num, seconds, float(np.mean(spans)) * 1e-6, float(np.mean(busy)) * 1e-6)
 
 
-def _is_step(name: str, step_name: str | None) -> bool:
-    return name == step_name if step_name else bool(_STEP.match(name))
+def _is_step(event: Mapping[str, Any], step_name: str | None) -> bool:
+    """Whether an event is an iteration of the host: the profiler repeats its annotations on the GPU's own rows."""
+    name = str(event.get("name"))
+    is_named = name == step_name if step_name else bool(_STEP.match(name))
+    return is_named and not str(event.get("cat")).startswith("gpu")
 
 
 def _events(path: Path) -> list[Mapping[str, Any]]:
