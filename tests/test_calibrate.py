@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moesim.calibrate.constants import CONSTANTS, NAMES, starting_values, with_measured_gap
 from moesim.calibrate.fit import fit_constants, group_weights
 from moesim.calibrate.folds import fit_runs, hold_out, quantiles, shuffled_folds
-from moesim.calibrate.measured import line, load_kernels, surface
+from moesim.calibrate.measured import load_kernels
 from moesim.calibrate.parts import PARTS, Deployment, Roofline, Step, expected_distinct, iteration_parts
 from moesim.calibrate.profile import calibrate, load_profile, write_profile
 from moesim.calibrate.recipes import load_recipes, with_recipes
@@ -363,14 +363,15 @@ def test_an_exchange_comes_from_the_newest_version_with_that_many_nodes(kernels)
     run = dataclasses.replace(made_runs().runs[-1], system="h200_sxm", backend="trtllm")
     made, wide = load_kernels(kernels)(cluster, run), Deployment(small_model(), cluster, 8, 1, 8, 1, "bf16")
     assert made.exchange_s(wide.model.experts, 1.0, wide) == (pytest.approx(40e-6), 0.0)
-    assert made.exchange_s(wide.model.experts, 4.0, wide)[0] == pytest.approx(4 * 10e-6 * 2**0.5)
+    assert 40e-6 < made.exchange_s(wide.model.experts, 4.0, wide)[0] < 80e-6
 
 
 def test_measured_kernels_are_read_from_the_newest_version_and_interpolated(kernels):
     run = made_runs().runs[-1]
     made = load_kernels(kernels)(small_cluster(), dataclasses.replace(run, system="h200_sxm", backend="vllm"))
     assert made.gemm_s(1, 64, 64, "bf16") == pytest.approx(1e-6)
-    assert made.gemm_s(4, 64, 64, "bf16") == pytest.approx(2e-6)
+    assert made.gemm_s(16, 512, 512, "bf16") == pytest.approx(32e-6)
+    assert 1e-6 < made.gemm_s(4, 64, 64, "bf16") < 4e-6
     assert made.allreduce_s(2 * 4096, 2) == (pytest.approx(2e-6), pytest.approx(4e-6))
 
 
@@ -385,16 +386,6 @@ def test_what_no_table_holds_is_the_roofline(kernels):
         one.model.layers[0].mixer, step, one
     )
     assert made.allreduce_s(1e6, 4) == plain.allreduce_s(1e6, 4)
-
-
-def test_interpolation_passes_through_what_was_measured():
-    batch, length = (a.ravel() for a in np.meshgrid([1.0, 4.0, 16.0], [10.0, 100.0, 1000.0]))
-    seconds = 1e-6 * (1 + batch * length / 500)
-    for b, n, s in zip(batch, length, seconds, strict=True):
-        assert surface(b, n, batch, length, seconds) == pytest.approx(s)
-    between = surface(8.0, 300.0, batch, length, seconds)
-    assert surface(4.0, 100.0, batch, length, seconds) < between < surface(16.0, 1000.0, batch, length, seconds)
-    assert line(0.1, batch[:3], seconds[:3]) == pytest.approx(seconds[0])
 
 
 def test_a_folder_without_tables_is_refused(tmp_path):

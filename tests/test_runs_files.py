@@ -59,6 +59,12 @@ def test_a_table_says_the_same_as_parquet_and_as_csv(tmp_path):
     ]
 
 
+def test_a_version_in_csv_stays_a_word(tmp_path):
+    pyarrow.csv.write_csv(table(AGGREGATED | {"id": "7", "backend_version": "0.8"}), tmp_path / "runs.csv")
+    (run,) = read_runs(tmp_path / "runs.csv")
+    assert (run.name, run.version) == ("7", "0.8")
+
+
 def test_configurations_differ_in_what_was_set_and_not_in_what_was_measured(tmp_path):
     rows = [AGGREGATED, AGGREGATED | {"id": "b", "silicon_tpot_ms": 99.0}, AGGREGATED | {"id": "c", "isl": 2048}]
     names = [run.configuration for run in read_runs(parquet(tmp_path, *rows))]

@@ -1,18 +1,19 @@
 """Kernels from measured tables where they hold the shape, from the roofline elsewhere.
 
 Tables are asked in the order: the run's own backend, then others on the same system, since some kernels are shared.
-Between measured sizes a straight line of logarithms is taken; beyond the largest, time grows with the size.
+Between and beyond measured sizes, `moesim.costs.measured` says how long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from moesim.calibrate.parts import Deployment, Kernels, Roofline, Step
+from moesim.costs.measured import MeasuredTable
 from moesim.files.runs import Run
 from moesim.files.runs_kernels import Conditions, Floats, kernel_root, kernel_rows, kernel_words
 from moesim.hardware import Cluster
@@ -54,7 +55,8 @@ class Measured:
     root: Path
     system: str
     backend: str
-    _cache: dict[tuple[object, ...], float] = field(default_factory=dict, compare=False, repr=False)
+    _tables: dict[tuple[str, str, Conditions], MeasuredTable] = field(default_factory=dict, compare=False, repr=False)
+    _known: dict[tuple[object, ...], float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def _roofline(self) -> Roofline:
@@ -72,67 +74,78 @@ class Measured:
                 return rows
         return None
 
-    def _once(self, key: tuple[object, ...], compute: Callable[[], float]) -> float:
-        if key not in self._cache:
-            self._cache[key] = compute()
-        return self._cache[key]
+    def _once(self, key: tuple[object, ...], price: Callable[[], float]) -> float:
+        """Many runs ask for the same kernel."""
+        if key not in self._known:
+            self._known[key] = price()
+        return self._known[key]
+
+    def _seconds(
+        self,
+        op: str,
+        dtype: str,
+        conditions: Conditions,
+        points: Mapping[str, Floats],
+        seconds_N: Floats,
+        **where: float,
+    ) -> float:
+        """Seconds at one point of a table; of several measurements of a point, the geometric mean counts.
+
+        where: a coordinate of each axis; axes that `points` lacks are the same in the whole table.
+        """
+        key = op, dtype, conditions
+        if key not in self._tables:
+            columns = [points.get(name, np.full(len(seconds_N), value)) for name, value in where.items()]
+            points_ND, index_N = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
+            mean_N = np.bincount(index_N.ravel(), np.log(seconds_N)) / np.bincount(index_N.ravel())
+            self._tables[key] = MeasuredTable(op, dtype, self.system, tuple(where), points_ND, np.exp(mean_N))
+        asked = (key, *where.values())
+        return self._once(asked, lambda: float(self._tables[key].seconds(where).seconds[0]))
 
     def gemm_s(self, m: float, n: float, k: float, dtype: str) -> float:
-        """The measured product of the nearest weight shape, times the ratio of the two rooflines."""
-        return self._once(("gemm", m, n, k, dtype), lambda: self._gemm_s(m, n, k, dtype))
-
-    def _gemm_s(self, m: float, n: float, k: float, dtype: str) -> float:
-        conditions = (("gemm_dtype", _DTYPES.get(dtype, dtype)),)
+        """Measured product."""
+        conditions: Conditions = (("gemm_dtype", _DTYPES.get(dtype, dtype)),)
         rows = self._rows("gemm", "gemm_perf", conditions, ("m", "n", "k"))
-        roofline_s = self._roofline.gemm_s(m, n, k, dtype)
         if rows is None:
-            return roofline_s
-        m_N, n_N, k_N, seconds_N = rows
-        apart_N = np.abs(np.log(n_N / n)) + np.abs(np.log(k_N / k))
-        near_N = apart_N == apart_N.min()
-        near_N &= n_N == n_N[near_N][0]
-        measured_s = line(m, m_N[near_N], seconds_N[near_N])
-        near_s = self._roofline.gemm_s(m, float(n_N[near_N][0]), float(k_N[near_N][0]), dtype)
-        return floor_scaled(measured_s, roofline_s, near_s, float(seconds_N.min()))
+            return self._roofline.gemm_s(m, n, k, dtype)
+        points = dict(zip("mnk", rows[:3], strict=True))
+        return self._seconds("gemm", dtype, conditions, points, rows[3], m=m, n=n, k=k)
 
     def attention_s(self, mixer: Mixer, step: Step, deployment: Deployment) -> float:
         """Measured attention of that batch and context, but no less than the roofline of all its queries."""
-        key = ("attention", mixer, step, deployment.tp, deployment.kv_dtype)
-        return self._once(key, lambda: self._attention_s(mixer, step, deployment))
-
-    def _attention_s(self, mixer: Mixer, step: Step, deployment: Deployment) -> float:
         roofline_s = self._roofline.attention_s(mixer, step, deployment)
         phase = "context" if step.is_prefill else "generation"
-        kv_dtype = _DTYPES.get(deployment.kv_dtype, deployment.kv_dtype)
+        heads = mixer.num_heads // deployment.tp if isinstance(mixer, Attention | LatentAttention) else 0
+        conditions: Conditions = (
+            ("num_heads", heads), ("kv_cache_dtype", _DTYPES.get(deployment.kv_dtype, deployment.kv_dtype))
+        )  # fmt: skip
+        shape = {"num_heads": float(heads)}
         if isinstance(mixer, LatentAttention):
-            conditions: Conditions = (("num_heads", mixer.num_heads // deployment.tp), ("kv_cache_dtype", kv_dtype))
-            rows = self._rows("mla", f"{phase}_mla_perf", conditions, ("batch_size", "isl", "step"))
+            family, name = "mla", f"{phase}_mla"
         elif isinstance(mixer, Attention):
-            conditions = (
-                ("num_heads", mixer.num_heads // deployment.tp),
-                ("num_key_value_heads", max(mixer.num_kv_heads // deployment.tp, 1)),
-                ("head_dim", mixer.head_dim),
-                ("window_size", mixer.window or 0),
-                ("kv_cache_dtype", kv_dtype),
+            family, name = "attention", f"{phase}_attention"
+            kv_heads = max(mixer.num_kv_heads // deployment.tp, 1)
+            conditions += (
+                ("num_key_value_heads", kv_heads), ("head_dim", mixer.head_dim), ("window_size", mixer.window or 0),
                 ("attn_dtype", "bfloat16"),
-            )
-            rows = self._rows("attention", f"{phase}_attention_perf", conditions, ("batch_size", "isl", "step"))
+            )  # fmt: skip
+            shape |= {"num_kv_heads": float(kv_heads), "head_dim": float(mixer.head_dim)}
         else:
             return roofline_s
+        rows = self._rows(family, f"{name}_perf", conditions, ("batch_size", "isl", "step"))
         if rows is None:
             return roofline_s
         batch_N, length_N, step_N, seconds_N = rows
         if step.is_prefill:
-            return surface(step.requests, step.tokens / step.requests, batch_N, length_N, seconds_N)
-        measured_s = surface(step.requests, step.context, batch_N, length_N + step_N - 1, seconds_N)
+            points, length = {"batch_size": batch_N, "seq_len": length_N}, {"seq_len": step.tokens / step.requests}
+        else:
+            points, length = {"batch_size": batch_N, "kv_len": length_N + step_N - 1}, {"kv_len": step.context}
+        where = {"batch_size": step.requests, **length, **shape}
+        measured_s = self._seconds(name, deployment.kv_dtype, conditions, points, seconds_N, **where)
         return max(measured_s, roofline_s)  # measured with one query to a request; with drafts there are more
 
     def experts_s(self, experts: Experts, tokens: float, deployment: Deployment) -> float:
         """Measured experts of that shape and cut, on the busiest rank under skewed routing."""
-        key = ("experts", experts, tokens, deployment.ep, deployment.etp)
-        return self._once(key, lambda: self._experts_s(experts, tokens, deployment))
-
-    def _experts_s(self, experts: Experts, tokens: float, deployment: Deployment) -> float:
         dtype = deployment.model.dtypes.experts
         formats = _EXPERT_DTYPES.get(dtype, (dtype,))
         asked = [(self.backend, moe_dtype) for moe_dtype in formats]  # then the same arithmetic elsewhere
@@ -147,7 +160,12 @@ class Measured:
                 )  # fmt: skip
                 rows = kernel_rows(self.root, self.system, "moe", backend, "moe_perf", conditions, ("num_tokens",))
                 if rows is not None:
-                    return line(tokens, *rows)
+                    where = {
+                        "num_tokens": tokens, "hidden_size": deployment.model.hidden_size,
+                        "inter_size": max(experts.expert_widths), "top_k": experts.top_k,
+                        "num_experts": experts.num_experts, "tp": deployment.etp, "ep": deployment.ep,
+                    }  # fmt: skip
+                    return self._seconds("moe", dtype, conditions, {"num_tokens": rows[0]}, rows[1], **where)
         return self._roofline.experts_s(experts, tokens, deployment)
 
     def allreduce_s(self, num_bytes: float, size: int) -> tuple[float, float]:
@@ -158,10 +176,11 @@ class Measured:
             conditions: Conditions = (("num_gpus", size), ("kernel_source", name))
             rows = kernel_rows(*place, conditions, ("message_size",))
             if rows is not None:
-                elements_N, seconds_N = rows
-                start_s = float(seconds_N.min())
-                elements = num_bytes / 2  # message_size counts bf16 elements
-                return max(line(elements, elements_N, seconds_N) - start_s, 0.0), start_s
+                start_s = float(rows[1].min())
+                points = {"message_bytes": 2 * rows[0]}  # message_size counts bf16 elements
+                where = {"message_bytes": max(num_bytes, 1.0), "num_gpus": float(size)}
+                seconds = self._seconds("all_reduce", "bf16", conditions, points, rows[1], **where)
+                return max(seconds - start_s, 0.0), start_s
         return self._roofline.allreduce_s(num_bytes, size)
 
     def exchange_s(self, experts: Experts, tokens: float, deployment: Deployment) -> tuple[float, float]:
@@ -179,42 +198,5 @@ class Measured:
         )
         if rows is None:
             return self._roofline.exchange_s(experts, tokens, deployment)
-        return line(tokens, rows[0], 1e-6 * np.sum(rows[1:], axis=0)), 0.0
-
-
-def floor_scaled(measured_s: float, wanted_s: float, near_s: float, floor_s: float) -> float:
-    """A measured time carried over to another shape: what lies above the shortest kernel scales with the rooflines.
-
-    >>> floor_scaled(5.0, 2.0, 1.0, 1.0)
-    9.0
-    """
-    return floor_s + max(measured_s - floor_s, 0.0) * wanted_s / near_s
-
-
-def line(x: float, x_N: Floats, seconds_N: Floats) -> float:
-    """Seconds at x between measured sizes; several measurements of one size count as their geometric mean.
-
-    >>> line(4.0, np.array([1.0, 16.0]), np.array([1.0, 4.0]))
-    2.0
-    >>> line(32.0, np.array([1.0, 16.0]), np.array([1.0, 4.0]))
-    8.0
-    """
-    sizes, index_N = np.unique(x_N, return_inverse=True)
-    logs = np.bincount(index_N, np.log(seconds_N)) / np.bincount(index_N)
-    if x > sizes[-1]:
-        return float(np.exp(logs[-1]) * x / sizes[-1])
-    return float(np.exp(np.interp(np.log(max(x, 1e-9)), np.log(sizes), logs)))
-
-
-def surface(batch: float, length: float, batch_N: Floats, length_N: Floats, seconds_N: Floats) -> float:
-    """Seconds at a batch and a length, first along the lengths of each measured batch that come near, then across."""
-    batches, found = [], []
-    for size in np.unique(batch_N):
-        rows = batch_N == size
-        if length_N[rows].max() * 2 >= length:
-            batches.append(size)
-            found.append(line(length, length_N[rows], seconds_N[rows]))
-    if not batches:
-        rows = batch_N == batch_N.min()
-        return line(length, length_N[rows], seconds_N[rows]) * batch / float(batch_N.min())
-    return line(batch, np.array(batches), np.array(found))
+        seconds_N = 1e-6 * np.sum(rows[1:], axis=0)
+        return self._seconds("deepep", "fp8", conditions, {"tokens": rows[0]}, seconds_N, tokens=tokens), 0.0

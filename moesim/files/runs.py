@@ -88,6 +88,7 @@ EXPERT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "fp8": "fp8", "fp8_block
 """moe_quant_mode -> storage format."""
 SIZES = ("tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
 _TEXTS = ("id", "backend", "model_path", "system", "mode")
+_OPTIONAL_TEXTS = ("backend_version", "measured", "silicon_data_source", "moe_quant_mode")
 _NUMBERS = ("isl", "osl", "silicon_concurrency", "silicon_tpot_ms")
 
 
@@ -137,7 +138,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give a table of serving runs")
     try:
-        table = pq.read_table(path) if path.suffix == ".parquet" else pyarrow.csv.read_csv(path)
+        words = dict.fromkeys((*_TEXTS, *_OPTIONAL_TEXTS), pa.string())  # or a version 0.8 would be a number
+        options = pyarrow.csv.ConvertOptions(column_types=words, strings_can_be_null=True)
+        is_parquet = path.suffix == ".parquet"
+        table = pq.read_table(path) if is_parquet else pyarrow.csv.read_csv(path, convert_options=options)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: not a whole {path.suffix[1:]} table ({error}); write it again") from error
     rows: list[dict[str, Any]] = table.to_pylist()
