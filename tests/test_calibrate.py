@@ -375,6 +375,13 @@ def test_measured_kernels_are_read_from_the_newest_version_and_interpolated(kern
     assert made.allreduce_s(2 * 4096, 2) == (pytest.approx(2e-6), pytest.approx(4e-6))
 
 
+def test_one_system_of_one_node_and_of_two_has_two_networks(kernels):
+    run = dataclasses.replace(made_runs().runs[-1], system="h200_sxm", backend="vllm")
+    make, two = load_kernels(kernels), small_cluster(nodes=2)
+    assert make(small_cluster(), run).allreduce_s(1e6, 4) == Roofline(small_cluster()).allreduce_s(1e6, 4)
+    assert make(two, run).allreduce_s(1e6, 8) == Roofline(two).allreduce_s(1e6, 8)
+
+
 def test_what_no_table_holds_is_the_roofline(kernels):
     run = dataclasses.replace(made_runs().runs[-1], system="h200_sxm", backend="vllm")
     made, plain = load_kernels(kernels)(small_cluster(), run), Roofline(small_cluster())

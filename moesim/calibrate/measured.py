@@ -39,10 +39,11 @@ def load_kernels(path: str | Path) -> Callable[[Cluster, Run], Kernels]:
         ValueError: no tables there.
     """
     root = kernel_root(path)
-    made: dict[tuple[str, str], Kernels] = {}
+    made: dict[tuple[str, str, int], Kernels] = {}
 
     def make(cluster: Cluster, run: Run) -> Kernels:
-        return made.setdefault((run.system, run.backend), Measured(cluster, root, run.system, run.backend))
+        key = run.system, run.backend, cluster.num_nodes
+        return made.setdefault(key, Measured(cluster, root, run.system, run.backend))
 
     return make
 
