@@ -24,7 +24,7 @@ _WHEN = ("model", "system", "backend", "version", "mode", "measured_on", "source
          "concurrency", "dp")  # fmt: skip
 SAME_TIME = 1.12
 """Runs of one point whose times differ by less than this factor repeat each other: repeats differ by up to 3 %, points
-with other drafts by 30 % and more."""
+of other drafts or loads by 27 % and more."""
 
 
 def load_recipes(path: str | Path | None = None) -> list[dict[str, Any]]:
