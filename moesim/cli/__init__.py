@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from moesim.cli.calibrate import calibrate_command
 from moesim.cli.capture import capture_command
 from moesim.cli.check import check_command
 from moesim.cli.list import list_command
@@ -23,7 +24,8 @@ def cli() -> None:
 
 
 for command in (
-    run_command, check_command, list_command, capture_command, trace_group, profile_group, validate_group
+    run_command, check_command, list_command, capture_command, trace_group, profile_group, validate_group,
+    calibrate_command,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from moesim.cli.validate.kernels import kernels_command
+from moesim.cli.validate.serving import serving_command
 
-COMMANDS: tuple[click.Command, ...] = (kernels_command,)
+COMMANDS: tuple[click.Command, ...] = (kernels_command, serving_command)
 
 
 @click.group("validate")
