@@ -503,7 +503,7 @@ def real_runs():
 @pytest.mark.slow
 def test_real_runs_by_rooflines(real_runs):
     found = summary(validate_serving(real_runs).cases)
-    assert found["rows"] == 361
+    assert found["rows"] == 361 - 83  # those whose recipe was told apart by their times do not count
     assert found["median_abs_error"] < 0.18 and found["median_abs_error"] < found["baseline_median_abs_error"]
     assert 0.7 <= found["coverage_90"] <= 0.97
 

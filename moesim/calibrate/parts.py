@@ -211,7 +211,7 @@ class Roofline:
         half_s = float(network.half_all_reduce_s(np.array(num_bytes), local, self.cluster))
         if size > local:
             half_s += float(network.half_all_reduce_s(np.array(num_bytes / local), size, self.cluster))
-        return 2 * half_s, network.start_s(size, self.cluster)
+        return 2 * half_s, self._start_s(size)
 
     def exchange_s(self, experts: Experts, tokens: float, deployment: Deployment) -> tuple[float, float]:
         """A token goes once to each other node that has one of its experts, in one byte, and comes back in two.
@@ -222,7 +222,11 @@ class Roofline:
         reached = expected_distinct(nodes, 1, experts.top_k) * (nodes - 1) / nodes
         rate = self.cluster.scale_out.bytes_per_s * compute.efficiency(self.cluster.device, "network", "value")
         num_bytes = 3.0 * tokens * reached * deployment.model.hidden_size
-        return num_bytes / rate, 2 * network.start_s(deployment.num_ranks, self.cluster)
+        return num_bytes / rate, 2 * self._start_s(deployment.num_ranks)
+
+    def _start_s(self, size: int) -> float:
+        """Latency among `size` ranks, and one launch."""
+        return network.latency_s(size, self.cluster) + compute.launch_s(self.cluster.device, "value")
 
 
 def expected_distinct(num_experts: float, top_k: int, tokens: float) -> float:

@@ -17,7 +17,7 @@ class Case:
         case: what was measured, in words; unique in its validation.
         measured, predicted: seconds.
         low, high: ends of the 90 % interval of the prediction.
-        fitted: whether a constant of the prediction was fitted to this very case; such cases count in no error.
+        fitted: whether the prediction took anything from this very case's measurement; such cases count in no error.
         group: what the case is summed up under, such as a device and an operator; "" for none.
         baseline: seconds that a plain roofline gives; None where it was not asked.
     """
@@ -70,7 +70,7 @@ class Validation:
 
 
 def summary(cases: Sequence[Case]) -> dict[str, float | int]:
-    """Rows, errors and coverage of the cases that no constant was fitted to.
+    """Rows, errors and coverage of the cases that are not fitted.
 
     `median_abs_error`, `p75_abs_error` and `p90_abs_error` are of |predicted / measured - 1|; `bias` is the median of
     the signed error; `coverage_90` is the share of measurements inside their 90 % intervals. Those with `baseline_` are

@@ -29,7 +29,8 @@ def validate_serving(
 ) -> Validation:
     """Predict every run: by a profile fitted to others, or by cross-validation grouped by (model, system, backend).
 
-    Runs of a group that the profile was fitted to are marked as fitted, and count in no error.
+    Runs of a group that the profile was fitted to, and runs whose recipe was told apart by their measured times, are
+    marked as fitted, and count in no error.
 
     Raises:
         ValueError: runs with unknown models or machines; without a profile, runs of fewer than three groups; with one,
@@ -52,8 +53,15 @@ def validate_serving(
     seen = set(profile.facts.get("groups", ())) if profile else set()
     cases = tuple(
         Case(
-            run.name, run.tpot_s, float(predicted), float(low), float(high), run.group in seen, run.group, float(plain)
-        )
+            run.name,
+            run.tpot_s,
+            float(predicted),
+            float(low),
+            float(high),
+            run.group in seen or run.is_told_by_time,
+            run.group,
+            float(plain),
+        )  # fmt: skip
         for run, predicted, low, high, plain in rows
     )
     facts = {"kernels": "measured tables" if make_kernels else "roofline"} | facts | _set_aside(runs, predicted_N)
@@ -61,18 +69,19 @@ def validate_serving(
 
 
 def _set_aside(runs: Sequence[Run], predicted_N: Floats) -> dict[str, str]:
-    """Errors without the runs that something is to be said of."""
+    """Errors with the runs that do not count, and without those that something is to be said of."""
     error_N = np.abs(predicted_N / np.array([run.tpot_s for run in runs]) - 1)
     told_N = np.array([run.is_told_by_time for run in runs])
     queued_N = np.array([(run.ttft_s or 0.0) > QUEUED * run.tpot_s * run.output_tokens for run in runs])
-    return {
-        what: f"{out_N.sum()}; errors without them: {_said(error_N[~out_N])}"
-        for what, out_N in {
-            "runs whose recipe was told apart by their times": told_N,
-            "runs whose requests mostly waited, so that concurrency is not the batch": queued_N,
-        }.items()
-        if out_N.any()
-    }
+    said = {}
+    if told_N.any():
+        said["runs whose recipe was told apart by their times"] = f"{told_N.sum()}, not counted; with: {_said(error_N)}"
+    if queued_N.any():
+        rest_N = error_N[~queued_N & ~told_N]
+        said["runs whose requests mostly waited, so that concurrency is not the batch"] = (
+            f"{queued_N.sum()}, counted; without: {_said(rest_N)}"
+        )
+    return said
 
 
 def _easier(priced: Priced) -> str:
