@@ -89,21 +89,20 @@ def reference(inputs: ExpertsInputs) -> torch.Tensor:
     return out_TH
 
 
-def candidate_tiles(rows_per_expert: float) -> tuple[Tile, ...]:
-    """Tiles worth timing for that many rows per expert; the first is the default. No GPU has timed them yet."""
+def candidate_tiles(rows_per_expert: float, capability: int = 90) -> tuple[Tile, ...]:
+    """Tiles worth timing for that many rows per expert; the first is the default.
+
+    All hold their accumulators in registers on that architecture (`moesim.kernels.compiled`). None has been timed.
+    """
     if rows_per_expert <= 16:
-        return tuple(
-            Tile(16, n, k, group_m=1, num_warps=w, num_stages=s, persistent=False)
-            for n, k, w, s in ((64, 128, 4, 4), (32, 128, 4, 5), (64, 256, 4, 3), (128, 64, 4, 5))
-        )
-    if rows_per_expert <= 64:
-        return tuple(Tile(64, n, k, 4, w, s) for n, k, w, s in ((128, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5)))
-    return tuple(
-        Tile(m, n, k, g, w, s)
-        for m, n, k, g, w, s in (
-            (128, 128, 64, 8, 8, 3), (128, 64, 64, 8, 4, 4), (64, 128, 64, 16, 4, 4), (128, 128, 32, 8, 8, 4),
-        )
-    )  # fmt: skip
+        sizes = ((16, 64, 128, 1, 4, 4), (16, 32, 128, 1, 4, 5), (16, 64, 256, 1, 4, 3), (16, 128, 64, 1, 4, 5))
+    elif rows_per_expert <= 64:
+        sizes = ((64, 128, 64, 4, 8, 4), (64, 64, 128, 4, 4, 3), (64, 64, 64, 4, 4, 5), (32, 64, 128, 4, 4, 4))
+    else:
+        sizes = ((128, 64, 64, 8, 8, 4), (64, 128, 64, 16, 8, 4), (128, 64, 32, 8, 8, 5), (64, 64, 64, 16, 4, 5))
+        if capability >= 90:
+            sizes = ((128, 128, 64, 8, 8, 3), *sizes)
+    return tuple(Tile(*size) for size in sizes)
 
 
 #: Published models: (name, top_k, num_experts, hidden_size, width), from their config.json.

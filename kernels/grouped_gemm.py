@@ -12,7 +12,7 @@ import triton.language as tl
 
 from moesim.kernels.expert_shapes import CASES, ExpertsInputs, candidate_tiles, flops, num_bytes, reference
 from moesim.kernels.permute import ExpertRows, combine, permute
-from moesim.kernels.tiles import UPCAST, Tile, ceil_div, check_contiguous
+from moesim.kernels.tiles import UPCAST, Tile, capability, ceil_div, check_contiguous
 
 __all__ = ["CASES", "experts", "flops", "grouped_gemm", "num_bytes", "reference"]
 
@@ -135,7 +135,7 @@ def grouped_gemm(
 def experts(inputs: ExpertsInputs, tile: Tile | None = None) -> torch.Tensor:
     """One layer's routed experts, [T, H]: permute, gate/up with SwiGLU, down, weighted combine."""
     num_experts = inputs.gate_up_EJH.shape[0]
-    tile = tile or candidate_tiles(inputs.expert_TK.numel() / num_experts)[0]
+    tile = tile or candidate_tiles(inputs.expert_TK.numel() / num_experts, capability(inputs.x_TH.device))[0]
     rows = permute(inputs.expert_TK, num_experts, tile.block_m)
     gated_PI = grouped_gemm(inputs.x_TH, inputs.gate_up_EJH, rows, tile, gather=True, swiglu=True)
     y_PH = grouped_gemm(gated_PI, inputs.down_EHI, rows, tile, gather=False, swiglu=False)

@@ -15,7 +15,8 @@ import triton.language as tl
 
 from moesim.kernels.tiles import ceil_div, check_contiguous, power_of_two
 
-CHUNK = 128
+#: Rows that one program copies.
+GATHER_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,13 @@ def place_kernel(expert_ptr, first_ptr, slot_ptr, row_ptr, S, E, E_PAD: tl.const
 
 @triton.jit
 def gather_kernel(
-    x_ptr, slot_ptr, y_ptr, expert_ptr, S, H, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr
-):
+    x_ptr, slot_ptr, y_ptr, used_ptr, S, H,
+    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Copy token rows to padded rows; padding of used blocks becomes zero, unused blocks stay untouched."""
-    block = tl.program_id(0)
-    if tl.load(expert_ptr + block) >= 0:
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0) * ROWS
+    if first < tl.load(used_ptr) * BLOCK_M:
+        row = first + tl.arange(0, ROWS)
         column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         slot = tl.load(slot_ptr + row)
         token = (slot // TOP_K).to(tl.int64)
@@ -128,25 +130,30 @@ def num_blocks(num_slots: int, num_experts: int, block_m: int) -> int:
 
 
 def permute(expert_TK: torch.Tensor, num_experts: int, block_m: int) -> ExpertRows:
-    """Sort the slots of integer expert ids [T, K] by expert, stably."""
+    """Sort the slots of integer expert ids [T, K] by expert, stably; `block_m` is a power of two."""
     check_contiguous(expert_TK=expert_TK)
+    if block_m < 1 or block_m & (block_m - 1):
+        raise ValueError(f"block_m must be a power of two, given {block_m}")
     S, E, device = expert_TK.numel(), num_experts, expert_TK.device
-    chunks, B = ceil_div(S, CHUNK), num_blocks(S, E, block_m)
+    e_pad, B = power_of_two(E), num_blocks(S, E, block_m)
+    # A program holds a chunk x E table of flags: 64 of them a thread.
+    chunk = max(16, min(256, 8192 // e_pad))
+    chunks = ceil_div(S, chunk)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     slot_P = torch.full((B * block_m,), S, dtype=torch.int32, device=device)
     rows = ExpertRows(slot_P, empty(*expert_TK.shape), empty(B), empty(1), empty(E), block_m)
-    count_CE, e_pad = empty(max(1, chunks), E), power_of_two(E)
+    count_CE = empty(max(1, chunks), E)
     if chunks:
-        count_kernel[(chunks,)](expert_TK, count_CE, S, E, E_PAD=e_pad, CHUNK=CHUNK)
+        count_kernel[(chunks,)](expert_TK, count_CE, S, E, E_PAD=e_pad, CHUNK=chunk)
     offset_kernel[(1,)](
         count_CE, rows.count_E, rows.expert_B, rows.used, chunks, E, B,
         E_PAD=e_pad, B_PAD=min(64, power_of_two(max(1, B))), BLOCK_M=block_m,
     )  # fmt: skip
     if chunks:
-        place_kernel[(chunks,)](expert_TK, count_CE, slot_P, rows.row_TK, S, E, E_PAD=e_pad, CHUNK=CHUNK)
+        place_kernel[(chunks,)](expert_TK, count_CE, slot_P, rows.row_TK, S, E, E_PAD=e_pad, CHUNK=chunk)
     return rows
 
 
@@ -156,12 +163,12 @@ def gather(x_TH: torch.Tensor, rows: ExpertRows, y_PH: torch.Tensor | None = Non
     if y_PH is None:
         y_PH = x_TH.new_empty(rows.slot_P.numel(), H)
     check_contiguous(x_TH=x_TH, y_PH=y_PH)
-    block_h = min(1024, power_of_two(H))
-    grid = (rows.expert_B.numel(), ceil_div(H, block_h))
-    if grid[0]:
-        gather_kernel[grid](
-            x_TH, rows.slot_P, y_PH, rows.expert_B, S, H, TOP_K=K, BLOCK_M=rows.block_m, BLOCK_H=block_h
-        )
+    block_h, copied = min(512, power_of_two(H)), min(GATHER_ROWS, rows.block_m)
+    if rows.slot_P.numel():
+        gather_kernel[(rows.slot_P.numel() // copied, ceil_div(H, block_h))](
+            x_TH, rows.slot_P, y_PH, rows.used, S, H,
+            TOP_K=K, BLOCK_M=rows.block_m, ROWS=copied, BLOCK_H=block_h,
+        )  # fmt: skip
     return y_PH
 
 
