@@ -23,6 +23,7 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -90,25 +91,29 @@ def recording(capability: int) -> Iterator[list[Any]]:
         driver.set_active(active)
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack (spilled registers and local arrays) of one thread, from a cubin."""
+def resources(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers of one thread, and bytes it spills (stores and loads), as ptxas reports them."""
+    tool = get_ptxas(capability).path
+    suffix = "a" if capability >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        said = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()  # type: ignore[union-attr]
-    return int(registers), int(stack)
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [tool, "-v", f"--gpu-name=sm_{capability}{suffix}", str(path), "-o", str(path.with_suffix(".o"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", said)
+    spills = [int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
+    if registers is None or not spills:
+        raise RuntimeError(f"ptxas reported neither registers nor spills: {said!r}")
+    return int(registers[1]), sum(spills)
 
 
 def describe(launch: str, capability: int, kernel: Any) -> Compiled:
     """Reads one compiled kernel's artefacts."""
     ptx = kernel.asm["ptx"]
-    registers, stack = resources(kernel.asm["cubin"])
+    registers, spill_bytes = resources(ptx, capability)
     return Compiled(
         launch, kernel.metadata.name, capability, kernel.metadata.num_warps, kernel.metadata.num_stages,
-        registers, stack, kernel.metadata.shared,
+        registers, spill_bytes, kernel.metadata.shared,
         len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.", ptx)),
         len(re.findall(r"\bcp\.async(?:\.bulk(?:\.tensor)?\.|\.c[ag]\.)", ptx)),
     )  # fmt: skip

@@ -88,3 +88,65 @@ def test_int4_matches_dequantised_weights(group):
 
     inputs = int4.quantised(small(hidden=3 * group, width=2 * group), group)
     close(int4.experts(inputs, Tile(16, 32, group)), reference(int4.dequantised(inputs)), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("tokens", "skew"), [(1, 0.0), (19, 3.0)], ids=["one token", "skewed"])
+@interpreted
+def test_decode_matches_float64(splits, tokens, skew):
+    from moesim.kernels.expert_shapes import reference
+    from moesim.kernels.grouped_gemm_decode import experts
+    from moesim.kernels.tiles import Tile
+
+    inputs = small(tokens, skew=skew)
+    close(experts(inputs, Tile(16, 64, 32), splits), reference(inputs), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("kernel", ["grouped_gemm", "grouped_gemm_decode"])
+@interpreted
+def test_all_on_one_expert_and_none_of_ours(kernel):
+    import importlib
+    from dataclasses import replace
+
+    import torch
+
+    from moesim.kernels.expert_shapes import reference
+    from moesim.kernels.tiles import Tile
+
+    experts = importlib.import_module(f"moesim.kernels.{kernel}").experts
+    inputs = small(33, 64, 32, dtype="float32")
+    one = replace(inputs, expert_TK=torch.full_like(inputs.expert_TK, 3))
+    close(experts(one, Tile(16, 32, 64)), reference(one), 1e-5)
+    none = replace(inputs, expert_TK=torch.full_like(inputs.expert_TK, 5))
+    assert torch.equal(experts(none, Tile(16, 32, 64)), torch.zeros_like(inputs.x_TH))
+
+
+@pytest.mark.parametrize("swiglu", [True, False])
+@interpreted
+def test_rows_of_unused_blocks_stay_untouched(swiglu):
+    import torch
+
+    from moesim.kernels.grouped_gemm import grouped_gemm
+    from moesim.kernels.permute import permute
+    from moesim.kernels.tiles import Tile
+
+    inputs = small(9, 64, 32, dtype="float32")
+    rows = permute(inputs.expert_TK, 5, 16)
+    weights = inputs.gate_up_EJH if swiglu else inputs.gate_up_EJH[:, :32].contiguous()
+    out = torch.full((rows.slot_P.numel(), 32), float("nan"))
+    grouped_gemm(inputs.x_TH, weights, rows, Tile(16, 16, 32, persistent=False), gather=True, swiglu=swiglu, y_PN=out)
+    used = int(rows.used) * 16
+    assert used < out.shape[0]
+    assert out[:used].isfinite().all()
+    assert out[used:].isnan().all()
+
+
+def test_flops_and_bytes_of_a_shape_one_can_count():
+    pytest.importorskip("triton", reason="kernels need triton: moesim[kernels]")
+    from moesim.kernels.expert_shapes import ExpertsShape, expected_active, flops, num_bytes
+
+    shape = ExpertsShape("hand", 3, 2, 4, 10, 5)
+    assert flops(shape) == 6 * (2 * 10 * 10 + 2 * 5 * 10)  # six slots: 10 -> 2 x 5 -> 10
+    # Weights 3 x 2 active x 50 at half a byte, 3 rows of 10 in, 6 gated rows of 5 out and in, 6 rows of 10 out.
+    assert num_bytes(shape, 2, 0.5) == 150 + 2 * (30 + 60 + 60)
+    assert expected_active(shape) == 4 * (1 - 0.5**3)
