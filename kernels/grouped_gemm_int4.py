@@ -23,7 +23,7 @@ from moesim.kernels.tiles import UPCAST, Tile, ceil_div, check_contiguous
 __all__ = ["CASES", "experts", "flops", "grouped_gemm_int4", "num_bytes", "weight_bytes_per_param"]
 
 #: Default and candidates; block_k is the size of a group of weights with one scale.
-TILES = (Tile(16, 64, 128, 1, 4, 4), Tile(32, 64, 128, 4, 4, 3), Tile(64, 64, 128, 4, 4, 3))
+TILES = (Tile(16, 64, 128, 1, 4, 4), Tile(32, 64, 128, 4, 4, 3), Tile(64, 32, 128, 4, 4, 3))
 
 
 @triton.jit

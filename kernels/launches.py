@@ -74,11 +74,11 @@ def products_fp8(tile: Tile, top_k: int, num_experts: int, hidden_size: int, wid
 
 def products_int4(tile: Tile, top_k: int, num_experts: int, hidden_size: int, width: int) -> None:
     """A layer with 4-bit weights."""
-    bytes_, group = torch.uint8, tile.block_k
+    byte, group = torch.uint8, tile.block_k
     inputs = grouped_gemm_int4.Int4Inputs(
         meta(64, hidden_size),
-        meta(num_experts, 2 * width, hidden_size // 2, dtype=bytes_), meta(num_experts, 2 * width, hidden_size // group),
-        meta(num_experts, hidden_size, width // 2, dtype=bytes_), meta(num_experts, hidden_size, width // group),
+        meta(num_experts, 2 * width, hidden_size // 2, dtype=byte), meta(num_experts, 2 * width, hidden_size // group),
+        meta(num_experts, hidden_size, width // 2, dtype=byte), meta(num_experts, hidden_size, width // group),
         meta(64, top_k, dtype=torch.int32), meta(64, top_k, dtype=torch.float32),
     )  # fmt: skip
     grouped_gemm_int4.experts(inputs, tile)
