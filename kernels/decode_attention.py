@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-
 from moesim.kernels.grouped_gemm import product
 from moesim.kernels.tiles import UPCAST, ceil_div, check_contiguous, power_of_two
 

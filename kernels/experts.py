@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from moesim.kernels import grouped_gemm, grouped_gemm_decode
 from moesim.kernels.expert_shapes import ExpertsInputs
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from moesim.kernels.expert_shapes import CASES, ExpertsInputs, candidate_tiles, flops, num_bytes, reference
 from moesim.kernels.permute import ExpertRows, combine, permute
 from moesim.kernels.tiles import UPCAST, Tile, capability, ceil_div, check_contiguous

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from moesim.kernels.expert_shapes import CASES, ExpertsInputs, flops, num_bytes, reference
 from moesim.kernels.grouped_gemm import load_k, product
 from moesim.kernels.permute import ExpertRows, combine, permute

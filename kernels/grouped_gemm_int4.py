@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-
 from moesim.kernels.expert_shapes import CASES, ExpertsInputs, flops, num_bytes
 from moesim.kernels.grouped_gemm import product, tile_of
 from moesim.kernels.permute import ExpertRows, combine, permute

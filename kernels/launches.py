@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-
 from moesim.kernels import (
     decode_attention,
     grouped_gemm,

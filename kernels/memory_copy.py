@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from moesim.kernels.tiles import ceil_div, check_contiguous
 
 #: (block of values, num_warps) worth timing; none has been timed.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-
 from moesim.kernels.tiles import ceil_div, check_contiguous, power_of_two
 
 

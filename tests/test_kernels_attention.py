@@ -44,7 +44,6 @@ def cached(name, dtype, seed, lengths, page=8):
 @interpreted
 def test_matches_float64(name, dtype, tolerance):
     import torch
-
     from moesim.kernels.decode_attention import Split, decode_attention, reference
 
     arguments = cached(name, dtype, len(name), [1, 37, 90])
@@ -56,7 +55,6 @@ def test_matches_float64(name, dtype, tolerance):
 @interpreted
 def test_splits_change_nothing_but_rounding():
     import torch
-
     from moesim.kernels.decode_attention import Split, decode_attention
 
     arguments = cached("gqa", "float32", 5, [50, 7])
@@ -67,7 +65,6 @@ def test_splits_change_nothing_but_rounding():
 @interpreted
 def test_equal_keys_average_the_values_and_an_empty_context_gives_zeros():
     import torch
-
     from moesim.kernels.decode_attention import Split, decode_attention
 
     q, k, v, table, length, scale, width = cached("gqa", "float32", 6, [19, 0])

@@ -24,7 +24,6 @@ def close(actual, exact, tolerance):
 @interpreted
 def test_layer_matches_float64(dtype, tokens, top_k, num_experts, hidden, width, skew):
     import torch
-
     from moesim.kernels.expert_shapes import ExpertsShape, make_inputs, reference
     from moesim.kernels.grouped_gemm import experts
     from moesim.kernels.tiles import Tile
@@ -37,7 +36,6 @@ def test_layer_matches_float64(dtype, tokens, top_k, num_experts, hidden, width,
 
 def small(tokens=19, hidden=160, width=136, skew=1.5, dtype="bfloat16", seed=3):
     import torch
-
     from moesim.kernels.expert_shapes import ExpertsShape, make_inputs
 
     shape = ExpertsShape("test", tokens, 2, 5, hidden, width)
@@ -52,7 +50,6 @@ def widened(q, scale):
 @interpreted
 def test_fp8_stage_by_stage():
     import torch
-
     from moesim.kernels import grouped_gemm_fp8 as fp8
     from moesim.kernels.permute import combine_reference, permute
     from moesim.kernels.tiles import Tile
@@ -109,7 +106,6 @@ def test_all_on_one_expert_and_none_of_ours(kernel):
     from dataclasses import replace
 
     import torch
-
     from moesim.kernels.expert_shapes import reference
     from moesim.kernels.tiles import Tile
 
@@ -125,7 +121,6 @@ def test_all_on_one_expert_and_none_of_ours(kernel):
 @interpreted
 def test_rows_of_unused_blocks_stay_untouched(swiglu):
     import torch
-
     from moesim.kernels.grouped_gemm import grouped_gemm
     from moesim.kernels.permute import permute
     from moesim.kernels.tiles import Tile

@@ -20,7 +20,6 @@ RULES = {
 @interpreted
 def test_router_matches_float64(name, bias):
     import torch
-
     from moesim.kernels.router import Rule, reference, route
 
     num_experts, rest, top_k = RULES[name]
@@ -37,7 +36,6 @@ def test_router_matches_float64(name, bias):
 @interpreted
 def test_router_breaks_ties_by_id():
     import torch
-
     from moesim.kernels.router import Rule, route
 
     expert_TK, weight_TK = route(torch.zeros(3, 9), Rule(4))
@@ -56,7 +54,6 @@ def test_router_breaks_ties_by_id():
 @interpreted
 def test_router_refuses_rules_that_do_not_fit(num_experts, rule, message):
     import torch
-
     from moesim.kernels.router import Rule, route
 
     with pytest.raises(ValueError, match=message):
@@ -71,7 +68,6 @@ LOADS = {"random": None, "all on one": 3, "none of ours": 99}
 @interpreted
 def test_permute_is_a_stable_sort(load, tokens, top_k, block_m):
     import torch
-
     from moesim.kernels.permute import permute
 
     E = 7
@@ -102,7 +98,6 @@ def test_permute_is_a_stable_sort(load, tokens, top_k, block_m):
 @interpreted
 def test_gather_then_combine(splits):
     import torch
-
     from moesim.kernels.permute import combine, combine_reference, gather, permute
 
     draw = torch.Generator().manual_seed(splits)
@@ -128,7 +123,6 @@ def test_gather_then_combine(splits):
 @interpreted
 def test_copy(size):
     import torch
-
     from moesim.kernels.memory_copy import copy
 
     x = torch.randn(size, generator=torch.Generator().manual_seed(size))

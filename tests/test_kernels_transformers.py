@@ -31,7 +31,6 @@ def test_logits_match_the_librarys_own(family, tokens):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers
-
         from moesim.kernels import experts
 
         torch.manual_seed(1)
@@ -65,7 +64,6 @@ def test_experts_with_biases_are_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers
-
         from moesim.kernels import experts
 
         config = transformers.GptOssConfig(
