@@ -15,7 +15,12 @@ FLOOR, PEAK, BANDWIDTH = 3e-6, 800e12, 3e12
 
 def roofline(points):
     flops, num_bytes = work("gemm", "bf16", dict(zip(AXES, points.T, strict=True)))
-    return FLOOR + np.maximum(flops / PEAK, num_bytes / BANDWIDTH)
+    return corner(flops, num_bytes)
+
+
+def corner(flops, num_bytes):
+    """The longest of floor, arithmetic and memory."""
+    return np.maximum(FLOOR, np.maximum(flops / PEAK, num_bytes / BANDWIDTH))
 
 
 def grid(*sides):
@@ -147,7 +152,7 @@ def moe_table(hidden=4096.0, inter=1024.0):
     axes = ("num_tokens", "hidden_size", "inter_size", "top_k", "num_experts", "tp", "ep")
     points = grid(2.0 ** np.arange(15), [hidden], [inter], [8.0], [64.0], [1.0], [1.0])
     flops, num_bytes = work("moe", "bf16", dict(zip(axes, points.T, strict=True)))
-    seconds = FLOOR + np.maximum(flops / PEAK, num_bytes / BANDWIDTH)
+    seconds = corner(flops, num_bytes)
     return MeasuredTable("moe", "bf16", "gpu", axes, points, seconds, facts={"distribution": "balanced"})
 
 
@@ -159,7 +164,7 @@ def test_experts_by_their_own_loads():
     load[0, 2, 0] = 8
     found = experts_seconds(MeasuredTables([moe_table()]), load, 4096, 1024, 8, 64, "bf16")
     flops, num_bytes = moe_work(load.sum(-1).astype(float), (load > 0).sum(-1).astype(float), 4096, 1024, "bf16")
-    want = FLOOR + np.maximum(flops / PEAK, num_bytes / BANDWIDTH)
+    want = corner(flops, num_bytes)
     want[0, 3] = 0
     np.testing.assert_allclose(found.seconds, want, rtol=0.1)  # the table says little of a floor of 3 us
     assert found.inside.all()
@@ -169,7 +174,7 @@ def test_experts_from_grouped_products():
     points = grid(2.0 ** np.arange(5), 2.0 ** np.arange(11), [1024.0, 2048.0, 4096.0], [1024.0, 2048.0, 4096.0])
     axes = ("num_experts", *AXES)
     flops, num_bytes = work("grouped_gemm", "bf16", dict(zip(axes, points.T, strict=True)))
-    seconds = FLOOR + np.maximum(flops / PEAK, num_bytes / BANDWIDTH)
+    seconds = corner(flops, num_bytes)
     tables = MeasuredTables([MeasuredTable("grouped_gemm", "bf16", "gpu", axes, points, seconds)])
     load = np.array([[[64, 64, 0, 0], [0, 0, 0, 0]]], np.int32)
     found = experts_seconds(tables, load, 4096, 1024, 8, 64, "bf16")

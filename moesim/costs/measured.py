@@ -1,6 +1,6 @@
 """Measured tables of kernels, and seconds from them between the points that were measured.
 
-A time is split in two: a roofline with a launch floor, fitted to the table (three constants), and the ratio of the
+A time is split in two: a roofline with a launch floor, fitted to the table (four constants), and the ratio of the
 measured time to it. The logarithm of the ratio is interpolated, multilinearly in the logarithms of the coordinates.
 Outside of what was measured the ratio is that of the border, so that a time goes on growing as its work does, and the
 answer says that it is outside.

@@ -9,28 +9,35 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-ROWS = 4096
+ROWS = 2048
 """Rows that a fit looks at, evenly spaced over the times sorted by size."""
 
 
 @dataclass(frozen=True)
 class FittedRoofline:
-    """seconds = floor_s + max(flops x s_per_flop, bytes x s_per_byte).
+    """The p-norm of three times: floor, arithmetic and memory; p is `sharpness`, from 1 (their sum) to their maximum.
 
-    Source: Williams, Waterman, Patterson, Roofline, CACM 2009, with a floor for the launch.
+    seconds = (floor_s^p + (flops x s_per_flop)^p + (bytes x s_per_byte)^p)^(1/p)
+
+    Source: Williams, Waterman, Patterson, Roofline, CACM 2009, with a floor for the launch and rounded corners, since
+    the three overlap in part only.
     """
 
     floor_s: float
     s_per_flop: float
     s_per_byte: float
+    sharpness: float
 
     def seconds(self, flops: Floats, num_bytes: Floats) -> Floats:
         """Seconds for each amount of work."""
-        return np.asarray(self.floor_s + np.maximum(flops * self.s_per_flop, num_bytes * self.s_per_byte))
+        parts = np.full(np.shape(flops), self.floor_s), flops * self.s_per_flop, num_bytes * self.s_per_byte
+        longest = np.maximum(np.maximum(parts[0], parts[1]), parts[2])
+        norm = np.sum([(part / longest) ** self.sharpness for part in parts], axis=0)
+        return np.asarray(longest * norm ** (1 / self.sharpness))
 
 
 def fit_roofline(flops_N: Floats, bytes_N: Floats, seconds_N: Floats) -> FittedRoofline:
-    """The three constants with the least mean |log(measured / roofline)|, found by a search along each of them.
+    """The four constants with the least mean |log(measured / roofline)|, found by a search along each of them.
 
     It starts from the shortest time and from the best rates in the table. Where a table has no FLOP (or no bytes) that
     side stays 0.
@@ -42,9 +49,11 @@ def fit_roofline(flops_N: Floats, bytes_N: Floats, seconds_N: Floats) -> FittedR
     for amount in (flops, num_bytes):
         busy = amount > 0
         start.append(float(np.percentile(seconds[busy] / amount[busy], 10)) if busy.any() else 0.0)
-    constants = np.array(start)
+    constants = np.array([*start, 3.0])
 
     def loss(tried: Floats) -> float:
+        if not 1 <= tried[3] <= 64:
+            return np.inf
         return float(np.mean(np.abs(np.log(seconds / FittedRoofline(*tried).seconds(flops, num_bytes)))))
 
     best, step = loss(constants), 1.0
@@ -57,6 +66,6 @@ def fit_roofline(flops_N: Floats, bytes_N: Floats, seconds_N: Floats) -> FittedR
                 found = loss(tried)
                 if found < best:
                     best, constants = found, tried
-        if best > before - 1e-6:
+        if best > before - 1e-4:
             step /= 2
     return FittedRoofline(*constants.tolist())
