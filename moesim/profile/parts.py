@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,25 +18,36 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moesim.profile.rounds import Job
+from moesim.profile.rounds import Job, Lap, now
 from moesim.profile.shapes import Cell, ModelShape, work
 
 FLUSH_BYTES = 256 << 20
 """Read before every timing, to leave nothing of the last one in the caches."""
+PASSING_BYTES = 4 << 20
+"""Read in place of each module that the frame leaves out: twice a core's private cache."""
 _TIMING_S = 0.03
 """About what one timing of a part should take, at `_FLOPS_PER_S` and `_BYTES_PER_S`: several layers if one is short."""
 _FLOPS_PER_S, _BYTES_PER_S = 80e9, 10e9
 
 
 class _Nothing(nn.Module):
-    """In place of an attention module (`pair`) or a MoE block: hands back what it is given."""
+    """In place of an attention module (`pair`) or a MoE block: reads `weights` and hands back a copy of its input.
 
-    def __init__(self, pair: bool) -> None:
+    What it takes is kept in `spent`: it is no part of the frame, and is there to leave the caches as the real module
+    would.
+    """
+
+    def __init__(self, pair: bool, weights: Tensor, spent: list[Lap]) -> None:
         super().__init__()
-        self.pair = pair
+        self.pair, self.weights, self.spent = pair, weights, spent
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Any:
-        """The input."""
+        """A copy of the input."""
+        start = now()
+        self.weights.sum()
+        hidden_states = hidden_states.clone()
+        end = now()
+        self.spent.append(Lap(end.wall_s - start.wall_s, end.cpu_s - start.cpu_s))
         return (hidden_states, None) if self.pair else hidden_states
 
 
@@ -52,14 +64,16 @@ class ModelParts:
         torch.manual_seed(seed)
         self.shape = shape
         self.model = _build(shape, shape.width, shape.experts)
+        self._flushed = torch.zeros(FLUSH_BYTES // 4)
+        self._passing = self._flushed[: PASSING_BYTES // 4]
+        self._spent: list[Lap] = []
         self._frame = _build(shape, 8, shape.top_k)
         for layer in self._frame.model.layers:
-            layer.self_attn, layer.mlp = _Nothing(True), _Nothing(False)
+            layer.self_attn, layer.mlp = (_Nothing(pair, self._passing, self._spent) for pair in (True, False))
         self._frame.model.embed_tokens, self._frame.lm_head = self.model.model.embed_tokens, self.model.lm_head
         self._layers = list(self.model.model.layers)
         pool = (shape.layers, 2, max_batch, shape.kv_heads, max_context, shape.head_dim)
-        self._keys_values = torch.randn(pool)
-        self._flushed = torch.zeros(FLUSH_BYTES // 4)
+        self._keys_values = torch.ones(pool)
         self._forced: dict[int, tuple[Tensor, Tensor]] = {}
         self._chosen: dict[int, Tensor] = {}
         for index, layer in enumerate(self._layers):
@@ -83,11 +97,11 @@ class ModelParts:
         layers = 1
         if not cell.op.startswith("frame"):
             flops, num_bytes = work(self.shape, cell.op, cell.shape)
-            layers = int(np.clip(_TIMING_S / max(flops / _FLOPS_PER_S, num_bytes / _BYTES_PER_S), 1, self.shape.layers))
+            layers = int(np.clip(_TIMING_S / max(flops / _FLOPS_PER_S, num_bytes / _BYTES_PER_S), 1, self.shape.layers - 1))
 
         def prepare(turn: int) -> Callable[[], object]:
             first = turn * layers % self.shape.layers
-            places = [(first + i) % self.shape.layers for i in range(layers)]
+            places = [(first + i) % self.shape.layers for i in range(layers + 1)]  # the first warms up
             return self._part(cell, places)
 
         return Job(cell.key, prepare, layers, cell.rank)
@@ -108,8 +122,7 @@ class ModelParts:
         ids = (torch.arange(active * rows) % active).reshape(-1, K)
         self._force(dict.fromkeys(places, ids))
         hidden = torch.randn(1, len(ids), self.shape.hidden)
-        blocks = [self._layers[i].mlp for i in places]
-        return self._cold(lambda: [block(hidden) for block in blocks])
+        return self._cold([partial(self._layers[i].mlp, hidden) for i in places])
 
     def _attention(self, batch: int, tokens: int, context: int, places: list[int]) -> Callable[[], object]:
         hidden = torch.randn(batch, tokens, self.shape.hidden)
@@ -125,7 +138,7 @@ class ModelParts:
             "position_ids": positions,
             _cache_name(modules[0]): cache,
         }
-        return self._cold(lambda: [module(**given) for module in modules])
+        return self._cold([partial(module, **given) for module in modules])
 
     def pass_job(self, key: str, batch: int, tokens: int, context: int, ids_LTK: NDArray[np.int64] | None) -> Job:
         """The timing of a whole pass: `tokens` new tokens for each of `batch` requests after `context` cached ones.
@@ -168,17 +181,22 @@ class ModelParts:
 
     def _whole(self, model: Any, inputs: Tensor, context: int) -> Callable[[], object]:
         cache = {_cache_name(model): self._cache(inputs.shape[0], context)}
-        return self._cold(lambda: model(inputs, use_cache=True, logits_to_keep=1, **cache))
-
-    def _cold(self, call: Callable[[], object]) -> Callable[[], object]:
-        """The call without gradients; what the caches hold is driven out now."""
         self._flushed.sum()
+        return partial(self._run, [partial(model, inputs, use_cache=True, logits_to_keep=1, **cache)])
 
-        def run() -> object:
-            with torch.inference_mode():
-                return call()
+    def _cold(self, calls: list[Callable[[], object]]) -> Callable[[], Lap]:
+        """All calls but the first, which is made now, after driving out what the caches hold: code warm, weights cold."""
+        self._flushed.sum()
+        self._run(calls[:1])
+        return partial(self._run, calls[1:])
 
-        return run
+    def _run(self, calls: list[Callable[[], object]]) -> Lap:
+        """Make the calls, without gradients; returns what was spent on standing in for modules."""
+        self._spent.clear()
+        with torch.inference_mode():
+            for call in calls:
+                call()
+        return Lap(sum(x.wall_s for x in self._spent), sum(x.cpu_s for x in self._spent))
 
 
 def _cache_name(module: nn.Module) -> str:
