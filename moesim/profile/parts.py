@@ -18,13 +18,13 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moesim.profile.rounds import Job, Lap, now
+from moesim.profile.rounds import Job, Lap, lap_since, now
 from moesim.profile.shapes import Cell, ModelShape, work
 
-FLUSH_BYTES = 256 << 20
+FLUSH_BYTES = 128 << 20
 """Read before every timing, to leave nothing of the last one in the caches."""
-PASSING_BYTES = 4 << 20
-"""Read in place of each module that the frame leaves out: twice a core's private cache."""
+PASSING_BYTES = 16 << 20
+"""Read in place of each module that the frame leaves out: far more than a core's private cache."""
 _TIMING_S = 0.03
 """About what one timing of a part should take, at `_FLOPS_PER_S` and `_BYTES_PER_S`: several layers if one is short."""
 _FLOPS_PER_S, _BYTES_PER_S = 80e9, 10e9
@@ -46,8 +46,7 @@ class _Nothing(nn.Module):
         start = now()
         self.weights.sum()
         hidden_states = hidden_states.clone()
-        end = now()
-        self.spent.append(Lap(end.wall_s - start.wall_s, end.cpu_s - start.cpu_s))
+        self.spent.append(lap_since(start))
         return (hidden_states, None) if self.pair else hidden_states
 
 
@@ -86,9 +85,7 @@ class ModelParts:
                 return None
             ids, weights = self._forced[index]
             logits = self.shape.experts
-            return tuple(
-                ids if not x.is_floating_point() else x if x.shape[-1] == logits else weights for x in outputs
-            )
+            return tuple(ids if not x.is_floating_point() else x if x.shape[-1] == logits else weights for x in outputs)
 
         return hook
 
@@ -97,7 +94,9 @@ class ModelParts:
         layers = 1
         if not cell.op.startswith("frame"):
             flops, num_bytes = work(self.shape, cell.op, cell.shape)
-            layers = int(np.clip(_TIMING_S / max(flops / _FLOPS_PER_S, num_bytes / _BYTES_PER_S), 1, self.shape.layers - 1))
+            layers = int(
+                np.clip(_TIMING_S / max(flops / _FLOPS_PER_S, num_bytes / _BYTES_PER_S), 1, self.shape.layers - 1)
+            )
 
         def prepare(turn: int) -> Callable[[], object]:
             first = turn * layers % self.shape.layers
@@ -120,33 +119,40 @@ class ModelParts:
         """`rows` tokens for each of the experts 0 to `active` - 1."""
         K = self.shape.top_k
         ids = (torch.arange(active * rows) % active).reshape(-1, K)
-        self._force(dict.fromkeys(places, ids))
+        warm, *timed = places
+        self._force(dict.fromkeys(timed, ids) | {warm: ids[:1]})
         hidden = torch.randn(1, len(ids), self.shape.hidden)
-        return self._cold([partial(self._layers[i].mlp, hidden) for i in places])
+        return self._cold(
+            partial(self._layers[warm].mlp, hidden[:, :1]), [partial(self._layers[i].mlp, hidden) for i in timed]
+        )
 
     def _attention(self, batch: int, tokens: int, context: int, places: list[int]) -> Callable[[], object]:
-        hidden = torch.randn(batch, tokens, self.shape.hidden)
-        positions = torch.arange(context, context + tokens)[None]
-        with torch.inference_mode():
-            rotary = self.model.model.rotary_emb(hidden, position_ids=positions)
-        cache = self._cache(batch, context)
-        modules = [self._layers[i].self_attn for i in places]
-        given = {
-            "hidden_states": hidden,
-            "position_embeddings": rotary,
-            "attention_mask": None,
-            "position_ids": positions,
-            _cache_name(modules[0]): cache,
-        }
-        return self._cold([partial(module, **given) for module in modules])
+        def call(place: int, batch: int, tokens: int, context: int) -> Callable[[], object]:
+            positions = torch.arange(context, context + tokens)[None]
+            hidden = torch.randn(batch, tokens, self.shape.hidden)
+            module = self._layers[place].self_attn
+            given = {
+                "hidden_states": hidden,
+                "position_embeddings": self.model.model.rotary_emb(hidden, position_ids=positions),
+                "attention_mask": None,
+                "position_ids": positions,
+                _cache_name(module): self._cache(batch, context),
+            }
+            return partial(module, **given)
 
-    def pass_job(self, key: str, batch: int, tokens: int, context: int, ids_LTK: NDArray[np.int64] | None) -> Job:
+        warm, *timed = places
+        return self._cold(call(warm, 1, 1, 1), [call(place, batch, tokens, context) for place in timed])
+
+    def pass_job(
+        self, key: str, batch: int, tokens: int, context: int, ids_LTK: NDArray[np.int64] | None, rank: int = 0
+    ) -> Job:
         """The timing of a whole pass: `tokens` new tokens for each of `batch` requests after `context` cached ones.
 
         Args:
             key: its name.
             batch, tokens, context: its size.
             ids_LTK: experts of every token in each layer; None to leave the choice to the model.
+            rank: how soon it is dropped.
         """
         inputs = self._ids(batch, tokens, key)
 
@@ -154,7 +160,7 @@ class ModelParts:
             self._force({} if ids_LTK is None else {i: torch.from_numpy(ids) for i, ids in enumerate(ids_LTK)})
             return self._whole(self.model, inputs, context)
 
-        return Job(key, prepare)
+        return Job(key, prepare, rank=rank)
 
     def natural_counts(self, job: Job) -> NDArray[np.int64]:
         """[L, E] tokens of each expert where the model chose itself; runs the pass."""
@@ -184,19 +190,27 @@ class ModelParts:
         self._flushed.sum()
         return partial(self._run, [partial(model, inputs, use_cache=True, logits_to_keep=1, **cache)])
 
-    def _cold(self, calls: list[Callable[[], object]]) -> Callable[[], Lap]:
-        """All calls but the first, which is made now, after driving out what the caches hold: code warm, weights cold."""
+    def _cold(self, warm: Callable[[], object], calls: list[Callable[[], object]]) -> Callable[[], Lap]:
+        """The calls, after driving out what the caches hold and `warm`: code warm, weights cold."""
         self._flushed.sum()
-        self._run(calls[:1])
-        return partial(self._run, calls[1:])
+        self._run([warm])
+        return partial(self._run, calls)
 
     def _run(self, calls: list[Callable[[], object]]) -> Lap:
-        """Make the calls, without gradients; returns what was spent on standing in for modules."""
+        """Time the calls, without gradients, less what was spent on standing in for modules.
+
+        Before each, other memory is read, as other modules do in a pass: their code and data leave the nearest caches.
+        """
         self._spent.clear()
+        laps = []
         with torch.inference_mode():
             for call in calls:
+                self._passing.sum()
+                start = now()
                 call()
-        return Lap(sum(x.wall_s for x in self._spent), sum(x.cpu_s for x in self._spent))
+                laps.append(lap_since(start))
+        wall_s, cpu_s = (sum(x[i] for x in laps) - sum(x[i] for x in self._spent) for i in (0, 1))
+        return Lap(wall_s, cpu_s)
 
 
 def _cache_name(module: nn.Module) -> str:
@@ -233,3 +247,14 @@ def machine_job(cell: Cell) -> Job:
     rows, columns, inner = cell.shape
     left, right = torch.randn(rows, inner), torch.randn(columns, inner)
     return Job(cell.key, lambda _turn: lambda: nn.functional.linear(left, right), rank=cell.rank)
+
+
+def launch_job(key: str, calls: int = 200) -> Job:
+    """The timing of calling one small operator."""
+    small = torch.zeros(8)
+
+    def run() -> None:
+        for _ in range(calls):
+            small.add_(1.0)
+
+    return Job(key, lambda _turn: run, parts=calls)

@@ -30,6 +30,12 @@ def now() -> Lap:
     return Lap(time.perf_counter(), time.process_time())
 
 
+def lap_since(start: Lap, clock: Callable[[], Lap] = now) -> Lap:
+    """Seconds from `start`, told by the same clock, to now."""
+    end = clock()
+    return Lap(end.wall_s - start.wall_s, end.cpu_s - start.cpu_s)
+
+
 @dataclass(frozen=True)
 class Job:
     """Something to time.
@@ -37,7 +43,7 @@ class Job:
     Attributes:
         key: its name, unique.
         prepare: called before each timing, untimed, with the number of timings so far; returns what is timed. If that
-            returns a `Lap`, it is taken off: time of the measuring itself.
+            returns a `Lap`, this is the timing: what counts is not all of the call, or is timed by the device.
         parts: what a timing is divided by: how many equal pieces of work it does.
         rank: how soon it is dropped when time is short; 0 is never dropped.
     """
@@ -155,10 +161,8 @@ def time_rounds(
         for job in order:
             timed = job.prepare(turn)
             start = clock()
-            spent = timed()
-            end = clock()
-            spent = spent if isinstance(spent, Lap) else Lap(0.0, 0.0)
-            lap = Lap(end.wall_s - start.wall_s - spent.wall_s, end.cpu_s - start.cpu_s - spent.cpu_s)
+            told = timed()
+            lap = told if isinstance(told, Lap) else lap_since(start, clock)
             samples.add(job.key, Lap(lap.wall_s / job.parts, lap.cpu_s / job.parts))
             report(min(1.0, used_s() / budget_s))
         taken_s = used_s() - before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 AXES: dict[str, tuple[str, ...]] = {
     "gemm": ("rows", "columns", "inner"),
@@ -94,39 +94,38 @@ def machine_cells() -> list[Cell]:
     return cells + [Cell(1, "copy", (mebibytes << 20,)) for mebibytes in (1, 8, 64)]
 
 
-def model_cells(shape: ModelShape, batch: int, context: int, tokens: int) -> list[Cell]:
+def model_cells(shape: ModelShape, batch: int, context: int, tokens: int, first_rank: int = 1) -> list[Cell]:
     """The grid for runs of up to `batch` requests, `context` tokens of cache and `tokens` tokens of prompts in all.
 
     Every count of rows from 1 to 16 is in it, since small matrix products are quick or slow in ways that no
-    neighbour tells; above, steps of about a third. Every second step is dropped first when time is short.
+    neighbour tells; above, steps of about a third. Every second step has rank `first_rank` + 1, to be dropped first
+    when time is short, and the others `first_rank`.
     """
     K, E = shape.top_k, shape.experts
     cells = [
         Cell(rank, "moe", (active, rows), shape.name)
         for active in sorted({K, E})
-        for rank, rows in _steps(tokens if active == K else min(tokens, 128), dense=16)
+        for rank, rows in _steps(tokens if active == K else min(tokens, 64), dense=16)
     ]
     for rank, rows in _steps(batch, dense=8):
         cells.append(Cell(rank, "frame_decode", (rows,), shape.name))
         cells += [Cell(rank, "attention_decode", (rows, length), shape.name) for length in _lengths(context)]
     for requests in (1, 2, 4, 8):
-        for rank, length in _steps(tokens // requests, dense=0, start=8):
-            cells.append(Cell(rank, "attention_prefill", (requests, length), shape.name))
-            cells.append(Cell(rank, "frame_prefill", (requests, length), shape.name))
-    return cells
+        steps = _steps(tokens // requests, dense=0, start=8)
+        cells += [Cell(rank, "attention_prefill", (requests, length), shape.name) for rank, length in steps]
+        cells += [Cell(1, "frame_prefill", (requests, n), shape.name) for _, n in (*steps[:-1:3], steps[-1])]
+    return [replace(cell, rank=cell.rank + first_rank - 1) for cell in cells]
 
 
 def _steps(largest: int, dense: int, start: int = 1) -> list[tuple[int, int]]:
     """(rank, value): every value to `dense`, then 1, 1 1/3 and 1 2/3 times powers of two, to the first >= `largest`."""
-    values = list(range(start, dense + 1))
-    power = max(start, 1)
-    while not values or values[-1] < largest:
-        for value in (power, power * 4 // 3, power * 5 // 3):
-            if value > (values[-1] if values else 0) and (not values or values[-1] < largest):
-                values.append(value)
+    values = list(range(start, dense + 1)) or [start]
+    power = start
+    while values[-1] < largest:
+        values += [value for value in (power, power * 4 // 3, power * 5 // 3) if value > values[-1]]
         power *= 2
-    kept = {values[0], values[-1]}
-    return [(1 if value in kept or i % 2 == 0 else 2, value) for i, value in enumerate(values)]
+    end = next(i for i, value in enumerate(values) if value >= largest)
+    return [(2 if i % 2 and i != end else 1, value) for i, value in enumerate(values[: end + 1])]
 
 
 def _lengths(context: int) -> Sequence[int]:

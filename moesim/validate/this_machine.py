@@ -7,173 +7,182 @@ got, which is moesim's input (a routing trace).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moesim.profile.shapes import AXES, Cell, ModelShape, attention_work, work
+from moesim.profile.interpolation import Table, left_out_errors, parts_s
+from moesim.profile.machine import Peaks, machine_facts, one_thread, peaks, rates
+from moesim.profile.passes import Pass
+from moesim.profile.rounds import Samples, Timing, time_rounds
+from moesim.profile.shapes import SHAPES, Cell, ModelShape, attention_work, work
+from moesim.validate.cases import Case, Validation, summary
 
-ROUTINGS = ("natural", "hot", "zipf", "even")
-Table = Mapping[str, Mapping[tuple[int, ...], float]]
-"""Operator -> shape -> seconds of one part."""
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from moesim.profile.cpu import Limits, Whole
+
+WIDTH = 1.645
+"""Standard deviations to each side of a 90 % interval."""
+_SETUP_ROUNDS = 3
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One run of the whole model.
+def validate_this_machine(
+    budget_s: float = 270.0,
+    seed: int = 0,
+    shapes: Sequence[ModelShape] = tuple(SHAPES.values()),
+    limits: Limits | None = None,
+    num_prefill: int = 12,
+    num_decode: int = 16,
+    report: Callable[[float], None] = lambda share: None,
+) -> Validation:
+    """Time parts and passes of `shapes` on one thread of this CPU, and predict the passes from the parts.
 
-    Attributes:
-        batch, tokens, context: requests, new tokens of each, tokens of each in the cache.
-        routing: one of `ROUTINGS`; `natural` is what the model's own routers choose.
+    Args:
+        budget_s: seconds on the wall for all of it, start of torch included.
+        seed: of weights, sizes, routing and the order of timings.
+        shapes: models to run; the later ones are left out where time is short.
+        limits: largest sizes; those of `Limits` if None.
+        num_prefill, num_decode: passes of each model.
+        report: told the share of the time that is used.
+
+    Raises:
+        ValueError: the budget is too small to predict anything.
     """
+    begun = time.perf_counter()
+    one_thread()
+    from moesim.profile.cpu import Limits, jobs_with_passes
 
-    batch: int
-    tokens: int
-    context: int
-    routing: str
-
-    @property
-    def phase(self) -> str:
-        """`decode` of one token a request, or `prefill`."""
-        return "decode" if self.context else "prefill"
-
-    @property
-    def key(self) -> str:
-        """The run in words."""
-        size = f"{self.batch} at {self.context}" if self.context else f"{self.batch} x {self.tokens}"
-        return f"{self.phase} {size} {self.routing}"
+    cells, jobs, wholes = jobs_with_passes(shapes, limits or Limits(), num_prefill, num_decode, seed)
+    one_thread()
+    samples = Samples()
+    left_s = budget_s - (time.perf_counter() - begun)
+    timing = time_rounds(jobs, samples, left_s, seed=seed, min_rounds=_SETUP_ROUNDS, report=report)
+    cases = {clock: predict(cells, wholes, samples, clock) for clock in ("cpu_s", "wall_s")}
+    if not cases["cpu_s"]:
+        raise ValueError(f"{budget_s:.0f} s are too few to time a model on this machine; give a larger --budget")
+    facts = _facts(cells, wholes, samples, timing, cases, time.perf_counter() - begun)
+    return Validation("this-machine", tuple(cases["cpu_s"]), facts)
 
 
-def draw_passes(
-    cells: Sequence[Cell], num_prefill: int, num_decode: int, batch: int, context: int, tokens: int, seed: int
-) -> list[Pass]:
-    """Runs of random size, each routing in turn, inside the table's grid and off its points.
-
-    Prompt lengths, context lengths, and batches above 8 are none of the grid's (the grid has every batch to 8).
-    """
-    rng = np.random.default_rng(seed)
-    taken = {(cell.op, cell.shape[-1]) for cell in cells}
-    found: dict[tuple[int, int, int], Pass] = {}
-    while len(found) < num_prefill + num_decode:
-        routing = ROUTINGS[len(found) % len(ROUTINGS)]
-        if len(found) < num_prefill:
-            requests = int(np.exp(rng.uniform(0, np.log(min(batch, 8) + 0.99))))
-            length = int(np.exp(rng.uniform(np.log(24), np.log(0.85 * tokens))) / requests)
-            run = Pass(requests, length, 0, routing)
-            on_grid = length < 9 or ("attention_prefill", length) in taken
-        else:
-            requests = int(np.exp(rng.uniform(0, np.log(batch + 0.99))))
-            length = int(rng.integers(ceil(context / 12), context))
-            run = Pass(requests, 1, length, routing)
-            on_grid = ("attention_decode", length) in taken or (requests > 8 and ("frame_decode", requests) in taken)
-        if not on_grid:
-            found.setdefault((run.batch, run.tokens, run.context), run)
-    return list(found.values())
+def predict(cells: Sequence[Cell], wholes: Sequence[Whole], samples: Samples, clock: str) -> list[Case]:
+    """A case for each pass that was timed and that the table reaches; closure passes only set the intervals' width."""
+    median = {key: float(found[0]) for key, found in samples.percentiles(clock, (50,)).items()}
+    top = peaks(rates({cell: median[cell.key] for cell in cells if not cell.model and cell.key in median}))
+    cases = []
+    for shape in dict.fromkeys(whole.shape for whole in wholes):
+        mine = [whole for whole in wholes if whole.shape == shape and whole.key in median]
+        table = table_of(cells, shape.name, median)
+        closure = [
+            np.log(sum(parts.values()) / median[whole.key])
+            for whole in mine
+            if whole.is_closure and (parts := _reached(table, whole)) is not None
+        ]
+        for whole in mine:
+            parts = None if whole.is_closure else _reached(table, whole)
+            if parts is not None:
+                spread = relative_spread(table, parts, closure)
+                cases.append(_case(whole, parts, median[whole.key], spread, top))
+    return cases
 
 
-def forced_ids(shape: ModelShape, run: Pass, seed: int) -> NDArray[np.int64] | None:
-    """[L, T, K] experts of every token, each expert at most once a token; None for natural routing.
+def table_of(cells: Sequence[Cell], model: str, median: Mapping[str, float]) -> Table:
+    """The timed cells of one model by operator and shape."""
+    table: dict[str, dict[tuple[int, ...], float]] = {}
+    for cell in cells:
+        if cell.model == model and cell.key in median:
+            table.setdefault(cell.op, {})[cell.shape] = median[cell.key]
+    return table
 
-    `hot`: a fifth of the experts are 30 times as likely as the others; `zipf`: likely as 1 / rank; both in another
-    order in each layer. `even`: every expert in turn.
-    """
-    if run.routing == "natural":
+
+def _reached(table: Table, whole: Whole) -> dict[str, float] | None:
+    """Seconds of the parts, or None where cells that were dropped leave the pass outside of the table."""
+    try:
+        return parts_s(table, whole.run, whole.counts_LE)
+    except ValueError:
         return None
-    L, T, E, K = shape.layers, run.batch * run.tokens, shape.experts, shape.top_k
-    rng = np.random.default_rng([seed, run.batch, run.tokens, run.context])
-    if run.routing == "even":
-        return (np.arange(T * K).reshape(1, T, K) + rng.integers(0, E, (L, 1, 1))) % E
-    popularity = 1 / np.arange(1, E + 1) if run.routing == "zipf" else np.where(np.arange(E) < E / 5, 30.0, 1.0)
-    scores = np.log(popularity) + rng.gumbel(size=(L, T, E))  # the top K of these are K draws without replacement
-    order_LE = np.stack([rng.permutation(E) for _ in range(L)])
-    top_LTK = np.argpartition(-scores, K - 1, axis=-1)[..., :K]
-    return np.take_along_axis(order_LE[:, None, :].repeat(T, axis=1), top_LTK, axis=-1)
 
 
-def counts_of(ids_LTK: NDArray[np.int64], num_experts: int) -> NDArray[np.int64]:
-    """[L, E] tokens of each expert."""
-    return np.stack([np.bincount(ids.ravel(), minlength=num_experts) for ids in ids_LTK])
+def relative_spread(table: Table, parts: Mapping[str, float], closure: Sequence[float]) -> float:
+    """Standard deviation of ln(predicted / measured), from the profile alone.
 
-
-def interpolate(points: Mapping[tuple[int, ...], float], at: tuple[float, ...]) -> float:
-    """Seconds at a shape, linear between neighbours along each axis in turn; the grid's rows may be of unequal length.
-
-    Raises:
-        ValueError: the shape is outside of the grid.
-
-    >>> interpolate({(1, 1): 1.0, (1, 3): 3.0, (3, 1): 5.0, (3, 3): 7.0}, (2, 2))
-    4.0
+    Two sources that do not know of each other: interpolation, half of the error of telling each cell from its
+    neighbours (whose gap is twice as wide), by each operator's share of the pass; and the profile's own passes on its
+    own points, whose errors hold the machine's unrest and what parts miss of a whole.
     """
-    firsts = sorted({shape[0] for shape in points})
-    above = int(np.searchsorted(firsts, at[0]))
-    if above == len(firsts) or (firsts[above] > at[0] and above == 0):
-        raise ValueError(f"{at[0]} is outside of the measured {firsts[0] if firsts else 'nothing'} to {firsts[-1:]}")
-    ends = firsts[above : above + 1] if firsts[above] == at[0] else firsts[above - 1 : above + 1]
-    values = []
-    for end in ends:
-        row = {shape[1:]: seconds for shape, seconds in points.items() if shape[0] == end}
-        values.append(interpolate(row, at[1:]) if len(at) > 1 else row[()])
-    if len(ends) == 1:
-        return values[0]
-    share = (at[0] - ends[0]) / (ends[1] - ends[0])
-    return (1 - share) * values[0] + share * values[1]
+    total_s = sum(parts.values())
+    interpolation = 0.0
+    for op, seconds in parts.items():
+        errors = left_out_errors(table[op])
+        if errors.size:
+            interpolation += (seconds / total_s * 0.5) ** 2 * float(np.mean(errors**2))
+    unrest = float(np.mean(np.square(closure))) if len(closure) else 0.0
+    return float(np.sqrt(interpolation + unrest))
 
 
-def moe_s(points: Mapping[tuple[int, ...], float], counts_E: NDArray[np.int64]) -> float:
-    """Seconds of one layer's MoE block whose experts get `counts_E` tokens.
+def _case(whole: Whole, parts: Mapping[str, float], measured_s: float, spread: float, top: Peaks) -> Case:
+    predicted_s = float(sum(parts.values()))
+    return Case(
+        whole.key,
+        measured_s,
+        predicted_s,
+        predicted_s * float(np.exp(-WIDTH * spread)),
+        predicted_s * float(np.exp(WIDTH * spread)),
+        group=f"{whole.run.phase}, {whole.run.routing}",
+        baseline=roofline_s(whole.shape, whole.run, whole.counts_LE, top),
+    )
 
-    The mean over active experts of what the block takes where all of them get as many: experts run one after
-    another, so their times add up, and what the block takes besides is in each of the terms once.
+
+def roofline_s(shape: ModelShape, run: Pass, counts_LE: NDArray[np.int64], top: Peaks) -> float:
+    """Seconds by a plain roofline: each expert, each attention module and the head at the peaks of the machine.
+
+    Source: Williams, Waterman, Patterson, Roofline, CACM 2009.
     """
-    rows = counts_E[counts_E > 0]
-    fewest, most = min(a for a, _ in points), max(a for a, _ in points)
-    share = (len(rows) - fewest) / (most - fewest) if most > fewest else 0.0
-    widest = max(rows_ for a, rows_ in points if a == most)
-    few = {rows_: s for (a, rows_), s in points.items() if a == fewest}
-    many = {rows_: s for (a, rows_), s in points.items() if a == most}
-    few_s = _along(few, rows)
-    # beyond the rows measured with all experts, the two stand to each other as at the last row
-    many_s = _along(many, np.minimum(rows, widest)) * few_s / _along(few, np.minimum(rows, widest))
-    return float(np.mean((1 - share) * few_s + share * many_s))
-
-
-def _along(points: Mapping[int, float], at: NDArray[np.int64]) -> NDArray[np.float64]:
-    places = sorted(points)
-    if at.min() < places[0] or at.max() > places[-1]:
-        raise ValueError(f"{at.min()} to {at.max()} rows are outside of the measured {places[0]} to {places[-1]}")
-    return np.interp(at, places, [points[place] for place in places])
-
-
-def parts_s(table: Table, run: Pass, counts_LE: NDArray[np.int64]) -> dict[str, float]:
-    """Seconds that each operator takes in a pass, over all layers.
-
-    Raises:
-        ValueError: the pass needs a shape outside of the table.
-    """
-    size = (run.batch, run.context) if run.phase == "decode" else (run.batch, run.tokens)
-    attention, frame = f"attention_{run.phase}", f"frame_{run.phase}"
-    for op in ("moe", attention, frame):
-        if not table.get(op):
-            raise ValueError(f"the table has no {op}")
-    return {
-        "moe": sum(moe_s(table["moe"], counts_E) for counts_E in counts_LE),
-        attention: len(counts_LE) * interpolate(table[attention], size),
-        frame: interpolate(table[frame], size[: len(AXES[frame])]),
-    }
-
-
-def roofline_s(
-    shape: ModelShape, run: Pass, counts_LE: NDArray[np.int64], flops_per_s: float, bytes_per_s: float
-) -> float:
-    """Seconds by a plain roofline: each expert, each attention module and the head at the peaks of the machine."""
 
     def at_peak(flops: float, num_bytes: float) -> float:
-        return max(flops / flops_per_s, num_bytes / bytes_per_s)
+        return max(flops / top.flops_per_s, num_bytes / top.bytes_per_s)
 
     experts = sum(at_peak(*work(shape, "moe", (1, int(rows)))) for rows in counts_LE[counts_LE > 0])
     attention = at_peak(*attention_work(shape, run.batch, run.tokens, run.context))
     size = (run.batch,) if run.phase == "decode" else (run.batch, run.tokens)
     return experts + shape.layers * attention + at_peak(*work(shape, f"frame_{run.phase}", size))
+
+
+def _facts(
+    cells: Sequence[Cell],
+    wholes: Sequence[Whole],
+    samples: Samples,
+    timing: Timing,
+    cases: Mapping[str, Sequence[Case]],
+    seconds: float,
+) -> dict[str, Any]:
+    """What the machine is, how restless it was, and errors on the wall and by model."""
+    known = {case.case for case in cases["cpu_s"]}
+    median = {key: float(found[0]) for key, found in samples.percentiles("cpu_s", (50,)).items()}
+    top = peaks(rates({cell: median[cell.key] for cell in cells if not cell.model and cell.key in median}))
+    facts: dict[str, Any] = machine_facts() | {
+        "seconds": seconds,
+        "rounds": timing.rounds,
+        "num_cells": sum(cell.key in median for cell in cells),
+        "num_dropped": len(timing.dropped),
+        "num_unpredicted": sum(not whole.is_closure and whole.key not in known for whole in wholes),
+        "peak_flops_per_s": top.flops_per_s,
+        "peak_bytes_per_s": top.bytes_per_s,
+    }
+    for clock, name in (("cpu_s", "cpu"), ("wall_s", "wall")):
+        spreads = [
+            np.std([getattr(lap, clock) for lap in samples.laps[whole.key]], ddof=1)
+            / np.mean([getattr(lap, clock) for lap in samples.laps[whole.key]])
+            for whole in wholes
+            if len(samples.laps.get(whole.key, ())) > 1
+        ]
+        facts[f"run_to_run_{name}"] = float(np.median(spreads)) if spreads else float("nan")
+    found = summary(cases["wall_s"])
+    facts |= {f"wall_{key}": found[key] for key in ("median_abs_error", "p90_abs_error", "bias", "coverage_90")}
+    for model in dict.fromkeys(whole.shape.name for whole in wholes):
+        mine = summary([case for case in cases["cpu_s"] if case.case.startswith(f"{model}:")])
+        facts |= {f"{model}_{key}": mine[key] for key in ("rows", "median_abs_error", "p90_abs_error") if key in mine}
+    return facts

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-COMMANDS: tuple[click.Command, ...] = ()
+from moesim.cli.profile.run import run_profile_command
+
+COMMANDS: tuple[click.Command, ...] = (run_profile_command,)
 
 
 @click.group("profile")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-COMMANDS: tuple[click.Command, ...] = ()
+from moesim.cli.validate.this_machine import this_machine_command
+
+COMMANDS: tuple[click.Command, ...] = (this_machine_command,)
 
 
 @click.group("validate")
