@@ -8,13 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.profile.parts import ModelParts, launch_job, machine_job
+from moesim.profile.parts import ModelParts, machine_job
 from moesim.profile.passes import Pass, counts_of, draw_passes, forced_ids
 from moesim.profile.rounds import Job
 from moesim.profile.shapes import Cell, ModelShape, machine_cells, model_cells
-
-LAUNCH = "launch"
-"""Key of the timing of one small operator."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,9 @@ class Whole:
 
 
 def table_jobs(shapes: Sequence[ModelShape], limits: Limits, seed: int) -> tuple[list[Cell], list[Job]]:
-    """The table's cells and their jobs: of the machine, then of each model; `Cell.rank` says which are dropped first."""
+    """The table's cells and their jobs: of the machine, then of each model."""
     cells = machine_cells()
-    jobs = [launch_job(LAUNCH), *(machine_job(cell) for cell in cells)]
+    jobs = [machine_job(cell) for cell in cells]
     for shape in shapes:
         parts = ModelParts(shape, limits.batch * 2, limits.context, seed)
         mine = model_cells(shape, limits.batch, limits.context, limits.tokens)

@@ -93,16 +93,16 @@ def peaks(found: Mapping[str, NDArray[np.float64]]) -> Peaks:
     return Peaks(float(arithmetic.max()), float(found["memory"].max()))
 
 
-def device_toml(cells: Mapping[Cell, float], launch_s: float, facts: Mapping[str, Any]) -> str:
+def device_toml(cells: Mapping[Cell, float], facts: Mapping[str, Any]) -> str:
     """The device file of one thread of this CPU, fp32, as `moesim run` reads it.
 
     Args:
         cells: seconds of what was timed.
-        launch_s: what calling an operator costs.
         facts: of the machine, for the sources.
     """
     found = rates(cells)
     top = peaks(found)
+    launch_s = next(seconds for cell, seconds in cells.items() if cell.op == "launch")
     said = f"measured: one thread of {facts['cpu']}, fp32, torch {facts['torch']}, CPU seconds"
     lines = [
         f"# {facts['cpu']}: one thread, as timed by `moesim profile run`.",

@@ -107,7 +107,8 @@ class ModelParts:
 
     def _part(self, cell: Cell, places: list[int]) -> Callable[[], object]:
         if cell.op == "moe":
-            return self._moe(*cell.shape, places)
+            active, rows = cell.shape
+            return self._moe(active, rows, places)
         batch = cell.shape[0]
         decodes = cell.op.endswith("decode")
         tokens, context = (1, cell.shape[1] if len(cell.shape) > 1 else 1) if decodes else (cell.shape[1], 0)
@@ -172,12 +173,12 @@ class ModelParts:
         self._forced = {i: (x, torch.full(x.shape, 1 / self.shape.top_k)) for i, x in ids.items()}
 
     def _ids(self, batch: int, tokens: int, key: str = "") -> Tensor:
-        seed = np.random.default_rng(list(key.encode()) + [batch, tokens])
+        seed = np.random.default_rng([*key.encode(), batch, tokens])
         return torch.from_numpy(seed.integers(0, self.shape.vocabulary, (batch, tokens)))
 
     def _cache(self, batch: int, context: int) -> Any:
         """A cache that holds `context` tokens of each request, another part of the pool for each layer."""
-        cache = transformers.DynamicCache(config=self.model.config)
+        cache: Any = transformers.DynamicCache(config=self.model.config)
         if context:
             for layer, (keys, values) in zip(cache.layers, self._keys_values, strict=True):
                 keys, values = keys[:batch, :, :context], values[:batch, :, :context]
@@ -220,7 +221,7 @@ def _cache_name(module: nn.Module) -> str:
 
 
 def _build(shape: ModelShape, width: int, experts: int) -> Any:
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
@@ -235,11 +236,15 @@ def _build(shape: ModelShape, width: int, experts: int) -> Any:
         config: Any = transformers.MixtralConfig(num_local_experts=experts, intermediate_size=width, **common)
     else:
         config = transformers.Qwen3MoeConfig(num_experts=experts, moe_intermediate_size=width, **common)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    build: Any = transformers.AutoModelForCausalLM
+    return build.from_config(config).eval()
 
 
 def machine_job(cell: Cell) -> Job:
-    """The timing of a matrix product or a copy, fp32."""
+    """The timing of a matrix product or a copy, fp32, or of one small operator called from Python."""
+    if cell.op == "launch":
+        small, calls = torch.zeros(8), 200
+        return Job(cell.key, lambda _turn: lambda: [small.add_(1.0) for _ in range(calls)], calls, cell.rank)
     if cell.op == "copy":
         source = torch.zeros(cell.shape[0] // 4)
         target = torch.ones_like(source)
@@ -247,14 +252,3 @@ def machine_job(cell: Cell) -> Job:
     rows, columns, inner = cell.shape
     left, right = torch.randn(rows, inner), torch.randn(columns, inner)
     return Job(cell.key, lambda _turn: lambda: nn.functional.linear(left, right), rank=cell.rank)
-
-
-def launch_job(key: str, calls: int = 200) -> Job:
-    """The timing of calling one small operator."""
-    small = torch.zeros(8)
-
-    def run() -> None:
-        for _ in range(calls):
-            small.add_(1.0)
-
-    return Job(key, lambda _turn: run, parts=calls)

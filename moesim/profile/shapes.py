@@ -13,6 +13,10 @@ AXES: dict[str, tuple[str, ...]] = {
     "attention_decode": ("batch", "context"),
     "frame_prefill": ("batch", "tokens"),
     "frame_decode": ("batch",),
+    "launch": (),
+    "grouped_gemm": ("active", "rows"),
+    "grouped_gemm_triton": ("active", "rows"),
+    "attention": ("batch", "tokens", "context"),
 }
 """Operators and what their shapes are counted in.
 
@@ -88,9 +92,9 @@ class Cell:
 
 
 def machine_cells() -> list[Cell]:
-    """Matrix products and copies, for the peaks of the machine."""
+    """Matrix products and copies, for the peaks of the machine, and one small operator."""
     sizes = [(m, n, k) for m in (1, 4, 16, 64, 256) for n, k in ((1024, 1024), (4096, 1024), (1024, 4096))]
-    cells = [Cell(1, "gemm", size) for size in sizes]
+    cells = [Cell(0, "launch", ()), *(Cell(1, "gemm", size) for size in sizes)]
     return cells + [Cell(1, "copy", (mebibytes << 20,)) for mebibytes in (1, 8, 64)]
 
 

@@ -63,7 +63,7 @@ def _profile(device: str, budget_s: float, models: tuple[str, ...], seed: int, o
 
         cells, jobs = cuda_jobs(seed)
     else:
-        from moesim.profile.cpu import LAUNCH, Limits, table_jobs
+        from moesim.profile.cpu import Limits, table_jobs
 
         cells, jobs = table_jobs([SHAPES[name] for name in facts["models"]], Limits(), seed)
     with timing_bar("timing in shuffled rounds") as report:
@@ -71,7 +71,7 @@ def _profile(device: str, budget_s: float, models: tuple[str, ...], seed: int, o
     write_points(points_of(cells, samples, "fp32" if device == "cpu" else "bf16"), out / "points.parquet", facts)
     median = {key: float(found[0]) for key, found in samples.percentiles("cpu_s", (50,)).items()}
     timed = {cell: median[cell.key] for cell in cells if cell.key in median}
-    text = cuda_toml(timed, facts) if device == "cuda" else device_toml(timed, median[LAUNCH], facts)
+    text = cuda_toml(timed, facts) if device == "cuda" else device_toml(timed, facts)
     (out / "device.toml").write_text(text)
     return timing.dropped
 
