@@ -149,7 +149,7 @@ def time_rounds(
     def used_s() -> float:
         return clock().wall_s - begun
 
-    kept, dropped, cost_s = _warm(list(jobs), samples, budget_s, min_rounds, clock, report)
+    kept, dropped, cost_s = _warm(list(jobs), samples, budget_s, min_rounds, max_rounds, clock, report)
     done = min((len(samples.laps.get(job.key, ())) for job in kept), default=0)
     taken_s = sum(cost_s.values())
     for turn in range(done, max_rounds):
@@ -175,6 +175,7 @@ def _warm(
     samples: Samples,
     budget_s: float,
     min_rounds: int,
+    max_rounds: int,
     clock: Callable[[], Lap],
     report: Callable[[float], None],
 ) -> tuple[list[Job], list[str], dict[str, float]]:
@@ -185,6 +186,9 @@ def _warm(
     cost_s: dict[str, float] = {}
     dropped: list[str] = []
     for job in sorted(jobs, key=lambda job: job.rank):
+        if len(samples.laps.get(job.key, ())) >= max_rounds:  # nothing left to time
+            cost_s[job.key] = 0.0
+            continue
         before = clock().wall_s
         left_s = budget_s - (before - begun)
         if job.rank and min_rounds * sum(cost_s.values()) >= left_s:
