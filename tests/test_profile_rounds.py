@@ -69,9 +69,7 @@ def test_the_highest_ranks_are_dropped_until_three_rounds_fit():
     assert time_rounds([clock.job("needed", 60.0)], Samples(), 100.0, clock=clock) == (1, (), 120.0)
 
 
-@given(
-    st.lists(st.tuples(st.floats(0.01, 5.0), st.integers(0, 3)), min_size=1, max_size=12), st.floats(1.0, 200.0)
-)
+@given(st.lists(st.tuples(st.floats(0.01, 5.0), st.integers(0, 3)), min_size=1, max_size=12), st.floats(1.0, 200.0))
 def test_the_budget_holds_but_for_jobs_that_are_never_dropped(kinds, budget_s):
     clock, samples = Clock(), Samples()
     jobs = [clock.job(str(i), seconds, rank) for i, (seconds, rank) in enumerate(kinds)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 
@@ -175,7 +174,10 @@ def wholes_of(seed=0):
     from moesim.profile.cpu import Whole, closure_passes
 
     found = []
-    for closure, runs in ((True, closure_passes(CELLS)), (False, draw_passes(CELLS, 4, 4, BATCH, CONTEXT, TOKENS, seed))):
+    for closure, runs in (
+        (True, closure_passes(CELLS)),
+        (False, draw_passes(CELLS, 4, 4, BATCH, CONTEXT, TOKENS, seed)),
+    ):
         for run in runs:
             ids = forced_ids(MIXTRAL, replace(run, routing="even") if run.routing == "natural" else run, seed)
             counts = counts_of(ids, MIXTRAL.experts)
@@ -221,7 +223,8 @@ def test_the_roofline_is_the_slower_of_arithmetic_and_reading():
     computes = roofline_s(MIXTRAL, run, counts, Peaks(1e10, 1e30))
     assert reads > 8 * 8 * MIXTRAL.expert_params * 4 / 1e10
     assert computes == pytest.approx(
-        (64 * 2 * MIXTRAL.expert_params + 8 * work(MIXTRAL, "attention_decode", (4, 100))[0] + 2 * 4 * 8192 * 1024) / 1e10
+        (64 * 2 * MIXTRAL.expert_params + 8 * work(MIXTRAL, "attention_decode", (4, 100))[0] + 2 * 4 * 8192 * 1024)
+        / 1e10
     )
     assert max(reads, computes) <= roofline_s(MIXTRAL, run, counts, Peaks(1e10, 1e10)) <= reads + computes
 

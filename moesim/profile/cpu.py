@@ -44,8 +44,8 @@ def table_jobs(shapes: Sequence[ModelShape], limits: Limits, seed: int) -> tuple
     cells = machine_cells()
     jobs = [machine_job(cell) for cell in cells]
     for shape in shapes:
-        parts = ModelParts(shape, limits.batch * 2, limits.context, seed)
         mine = model_cells(shape, limits.batch, limits.context, limits.tokens)
+        parts = ModelParts(shape, _most_requests(mine), limits.context, seed)
         cells += mine
         jobs += [parts.job(cell) for cell in mine]
     return cells, jobs
@@ -59,8 +59,8 @@ def jobs_with_passes(
     jobs = [machine_job(cell) for cell in cells]
     wholes: list[Whole] = []
     for place, shape in enumerate(shapes):
-        parts = ModelParts(shape, limits.batch * 2, limits.context, seed)
         mine = model_cells(shape, limits.batch, limits.context, limits.tokens, first_rank=1 + 2 * place)
+        parts = ModelParts(shape, _most_requests(mine), limits.context, seed)
         cells += mine
         jobs += [parts.job(cell) for cell in mine]
         drawn = draw_passes(mine, num_prefill, num_decode, limits.batch, limits.context, limits.tokens, seed)
@@ -75,10 +75,14 @@ def jobs_with_passes(
     return cells, jobs, wholes
 
 
+def _most_requests(cells: Sequence[Cell]) -> int:
+    return max(cell.shape[0] for cell in cells if cell.op == "attention_decode")
+
+
 def closure_passes(cells: Sequence[Cell]) -> list[Pass]:
     """A few even passes on the grid's own points: what they miss by is not interpolation, but parts against whole."""
     found = []
-    for op, batches, shares in (("attention_prefill", (1, 4), (0.4, 0.8)), ("attention_decode", (2, 7, 16), (0.5, 1))):
+    for op, batches, shares in (("attention_prefill", (1, 4), (0.3, 0.6)), ("attention_decode", (2, 7, 16), (0.5,))):
         for batch in batches:
             lengths = sorted(cell.shape[1] for cell in cells if cell.op == op and cell.shape[0] == batch)
             for share in shares if lengths else ():

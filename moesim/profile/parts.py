@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from moesim.profile.rounds import Job, Lap, lap_since, now
 from moesim.profile.shapes import Cell, ModelShape, work
 
-FLUSH_BYTES = 128 << 20
+FLUSH_BYTES = 64 << 20
 """Read before every timing, to leave nothing of the last one in the caches."""
 PASSING_BYTES = 16 << 20
 """Read in place of each module that the frame leaves out: far more than a core's private cache."""
-_TIMING_S = 0.03
+_TIMING_S = 0.015
 """About what one timing of a part should take, at `_FLOPS_PER_S` and `_BYTES_PER_S`: several layers if one is short."""
 _FLOPS_PER_S, _BYTES_PER_S = 80e9, 10e9
 

@@ -35,8 +35,8 @@ def validate_this_machine(
     seed: int = 0,
     shapes: Sequence[ModelShape] = tuple(SHAPES.values()),
     limits: Limits | None = None,
-    num_prefill: int = 12,
-    num_decode: int = 16,
+    num_prefill: int = 8,
+    num_decode: int = 12,
     report: Callable[[float], None] = lambda share: None,
 ) -> Validation:
     """Time parts and passes of `shapes` on one thread of this CPU, and predict the passes from the parts.
@@ -72,21 +72,14 @@ def predict(cells: Sequence[Cell], wholes: Sequence[Whole], samples: Samples, cl
     """A case for each pass that was timed and that the table reaches; closure passes only set the intervals' width."""
     median = {key: float(found[0]) for key, found in samples.percentiles(clock, (50,)).items()}
     top = peaks(rates({cell: median[cell.key] for cell in cells if not cell.model and cell.key in median}))
-    cases = []
-    for shape in dict.fromkeys(whole.shape for whole in wholes):
-        mine = [whole for whole in wholes if whole.shape == shape and whole.key in median]
-        table = table_of(cells, shape.name, median)
-        closure = [
-            np.log(sum(parts.values()) / median[whole.key])
-            for whole in mine
-            if whole.is_closure and (parts := _reached(table, whole)) is not None
-        ]
-        for whole in mine:
-            parts = None if whole.is_closure else _reached(table, whole)
-            if parts is not None:
-                spread = relative_spread(table, parts, closure)
-                cases.append(_case(whole, parts, median[whole.key], spread, top))
-    return cases
+    tables = {whole.shape: table_of(cells, whole.shape.name, median) for whole in wholes}
+    found = [(whole, _reached(tables[whole.shape], whole)) for whole in wholes if whole.key in median]
+    closure = [np.log(sum(p.values()) / median[whole.key]) for whole, p in found if whole.is_closure and p]
+    return [
+        _case(whole, parts, median[whole.key], relative_spread(tables[whole.shape], parts, closure), top)
+        for whole, parts in found
+        if parts and not whole.is_closure
+    ]
 
 
 def table_of(cells: Sequence[Cell], model: str, median: Mapping[str, float]) -> Table:
@@ -98,12 +91,12 @@ def table_of(cells: Sequence[Cell], model: str, median: Mapping[str, float]) -> 
     return table
 
 
-def _reached(table: Table, whole: Whole) -> dict[str, float] | None:
-    """Seconds of the parts, or None where cells that were dropped leave the pass outside of the table."""
+def _reached(table: Table, whole: Whole) -> dict[str, float]:
+    """Seconds of the parts, or none where cells that were dropped leave the pass outside of the table."""
     try:
         return parts_s(table, whole.run, whole.counts_LE)
     except ValueError:
-        return None
+        return {}
 
 
 def relative_spread(table: Table, parts: Mapping[str, float], closure: Sequence[float]) -> float:
