@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from moesim.cli import cli
 from moesim.files.hardware import load_device
-from moesim.profile.interpolation import interpolate, left_out_errors, moe_s, parts_s
 from moesim.profile.machine import Peaks, device_toml, one_thread, peaks, rates
 from moesim.profile.passes import ROUTINGS, Pass, counts_of, draw_passes, forced_ids
 from moesim.profile.rounds import Lap, Samples
 from moesim.profile.shapes import AXES, MIXTRAL, QWEN3, SHAPES, ModelShape, machine_cells, model_cells, work
+from moesim.profile.sums import moe_part, parts_of, tables_of
 from moesim.validate.cases import summary
-from moesim.validate.this_machine import predict, relative_spread, roofline_s, table_of
+from moesim.validate.this_machine import half_width, predict, roofline_s
 
 BATCH, CONTEXT, TOKENS = 24, 640, 512
 CELLS = model_cells(MIXTRAL, BATCH, CONTEXT, TOKENS)
@@ -28,13 +28,22 @@ TINY = ModelShape("tiny", "qwen3_moe", 2, 64, 32, 8, 2, 4, 2, 16, 256)
 
 def linear_seconds(cell):
     """A machine on which everything takes a constant and so much for each row, and experts one after another."""
-    if cell.op == "moe":
+    if cell.op == "moe_block":
         active, rows = cell.shape
         return 1e-4 + active * (1e-3 + 1e-5 * rows)
     return 1e-4 + 1e-6 * float(np.prod(cell.shape))
 
 
-LINEAR = table_of(CELLS, MIXTRAL.name, {cell.key: linear_seconds(cell) for cell in CELLS})
+def tables(cells, seconds=linear_seconds):
+    laps = {cell.key: [Lap(2 * seconds(cell), seconds(cell))] * 3 for cell in cells}
+    return tables_of(cells, Samples(laps=laps), "cpu_s", MIXTRAL.name)
+
+
+LINEAR = tables(CELLS)
+
+
+def total_s(parts):
+    return sum(part.seconds for part in parts.values())
 
 
 def test_the_grid_has_every_row_count_to_16_and_no_cell_twice():
@@ -42,7 +51,7 @@ def test_the_grid_has_every_row_count_to_16_and_no_cell_twice():
         cells = model_cells(shape, BATCH, CONTEXT, TOKENS)
         assert len({cell.key for cell in cells}) == len(cells)
         for active in (shape.top_k, shape.experts):
-            rows = {cell.shape[1] for cell in cells if cell.op == "moe" and cell.shape[0] == active}
+            rows = {cell.shape[1] for cell in cells if cell.op == "moe_block" and cell.shape[0] == active}
             assert set(range(1, 17)) <= rows
             assert max(rows) >= (TOKENS if active == shape.top_k else 64)
         assert all(len(cell.shape) == len(AXES[cell.op]) and cell.model == shape.name for cell in cells)
@@ -52,16 +61,16 @@ def test_the_grid_has_every_row_count_to_16_and_no_cell_twice():
 
 def test_the_core_of_the_grid_reaches_as_far_as_all_of_it():
     core = [cell for cell in CELLS if cell.rank == 1]
-    table = table_of(core, MIXTRAL.name, {cell.key: linear_seconds(cell) for cell in core})
+    table = tables(core)
     for run in draw_passes(CELLS, 20, 20, BATCH, CONTEXT, TOKENS, seed=1):
         ids = forced_ids(MIXTRAL, replace(run, routing="hot"), 0)
-        parts_s(table, run, counts_of(ids, MIXTRAL.experts))
+        parts_of(table, run, counts_of(ids, MIXTRAL.experts))
 
 
 def test_sizes_of_the_models():
     assert MIXTRAL.num_params == pytest.approx(239e6, rel=0.01)
     assert QWEN3.expert_params == 3 * 768 * 256
-    assert work(MIXTRAL, "moe", (2, 5))[0] == 2 * 2 * 5 * MIXTRAL.expert_params
+    assert work(MIXTRAL, "moe_block", (2, 5))[0] == 2 * 2 * 5 * MIXTRAL.expert_params
 
 
 @given(st.integers(0, 10_000))
@@ -76,7 +85,7 @@ def test_passes_are_off_the_points_and_inside_the_grid(seed):
             assert run.tokens not in lengths and run.context == 0
         else:
             assert run.context not in contexts and (run.batch <= 8 or run.batch not in batches)
-        parts_s(LINEAR, run, counts_of(forced_ids(MIXTRAL, replace(run, routing="zipf"), 0), MIXTRAL.experts))
+        parts_of(LINEAR, run, counts_of(forced_ids(MIXTRAL, replace(run, routing="zipf"), 0), MIXTRAL.experts))
     assert [run.routing for run in runs[:4]] == list(ROUTINGS)
 
 
@@ -102,59 +111,57 @@ def test_natural_routing_is_left_to_the_model():
     assert forced_ids(MIXTRAL, Pass(1, 9, 0, "natural"), 0) is None
 
 
-def test_interpolation_meets_its_points_and_goes_straight_between_them():
-    points = {(1, 1): 1.0, (1, 4): 4.0, (3, 1): 3.0, (3, 2): 6.0}  # rows of unequal length
-    assert all(interpolate(points, shape) == seconds for shape, seconds in points.items())
-    assert interpolate(points, (1, 2.5)) == 2.5
-    assert interpolate(points, (2, 2)) == pytest.approx((2.0 + 6.0) / 2)
-    for outside in ((0, 1), (4, 1), (1, 5), (3, 3), (2, 3)):
-        with pytest.raises(ValueError, match="outside"):
-            interpolate(points, outside)
-
-
 @given(st.lists(st.integers(0, 64), min_size=8, max_size=8).filter(lambda rows: sum(r > 0 for r in rows) >= 2))
 def test_experts_add_up(rows):
-    rows = np.array(rows)
+    rows = np.array([rows])
     active = rows[rows > 0]
-    assert moe_s(LINEAR["moe"], rows) == pytest.approx(1e-4 + np.sum(1e-3 + 1e-5 * active))
+    assert moe_part(LINEAR["moe_block"], rows).seconds == pytest.approx(1e-4 + np.sum(1e-3 + 1e-5 * active), rel=0.01)
 
 
 def test_even_counts_give_the_cell_itself():
     rng = np.random.default_rng(0)
-    points = {cell.shape: rng.uniform(1, 2) for cell in CELLS if cell.op == "moe"}
-    for (active, rows), seconds in points.items():
-        assert moe_s(points, np.array([rows] * active + [0] * (8 - active))) == pytest.approx(seconds)
+    drawn = {cell: rng.uniform(1, 2) for cell in CELLS}
+    table = tables(CELLS, drawn.get)["moe_block"]
+    for cell, seconds in drawn.items():
+        if cell.op == "moe_block":
+            active, rows = cell.shape
+            layers = np.array([[rows] * active + [0] * (8 - active)] * 3)
+            assert moe_part(table, layers).seconds == pytest.approx(3 * seconds)
 
 
 @given(st.lists(st.integers(1, 300), min_size=8, max_size=8), st.integers(0, 7), st.integers(1, 100))
 def test_more_rows_cost_more(rows, expert, more):
-    before, after = np.array(rows), np.array(rows)
-    after[expert] += more
-    assert moe_s(LINEAR["moe"], after) > moe_s(LINEAR["moe"], before)
+    before, after = np.array([rows]), np.array([rows])
+    after[0, expert] += more
+    assert moe_part(LINEAR["moe_block"], after).seconds > moe_part(LINEAR["moe_block"], before).seconds
 
 
 def test_hot_routing_costs_less_where_weights_are_what_is_read():
     def seconds(routing):
         run = Pass(6, 1, 300, routing)
-        return parts_s(LINEAR, run, counts_of(forced_ids(MIXTRAL, run, 0), MIXTRAL.experts))["moe"]
+        return parts_of(LINEAR, run, counts_of(forced_ids(MIXTRAL, run, 0), MIXTRAL.experts))["moe_block"].seconds
 
     assert seconds("hot") < seconds("zipf") < seconds("even")
 
 
-def test_a_pass_that_the_table_does_not_reach_is_refused():
+def test_a_pass_that_the_tables_do_not_reach_is_refused():
     counts = np.full((8, 8), 4)
     with pytest.raises(ValueError, match="outside"):
-        parts_s(LINEAR, Pass(2, 1, 10_000, "even"), counts)
-    with pytest.raises(ValueError, match="rows are outside"):
-        parts_s(LINEAR, Pass(1, 100, 0, "even"), counts * 1000)
+        parts_of(LINEAR, Pass(2, 1, 10_000, "even"), counts)
+    with pytest.raises(ValueError, match="outside"):
+        parts_of(LINEAR, Pass(1, 100, 0, "even"), counts * 1000)
     with pytest.raises(ValueError, match="no frame_prefill"):
-        parts_s({**LINEAR, "frame_prefill": {}}, Pass(1, 100, 0, "even"), counts)
+        lacking = {op: table for op, table in LINEAR.items() if op != "frame_prefill"}
+        parts_of(lacking, Pass(1, 100, 0, "even"), counts)
 
 
-def test_left_out_errors_are_nothing_on_a_line_and_show_a_cliff():
-    assert np.abs(left_out_errors({(n,): 2.0 + n for n in (1, 2, 4, 8, 16)})).max() < 1e-12
-    assert left_out_errors({(1,): 1.0, (3,): 1.0, (5,): 3.0}).tolist() == pytest.approx([np.log(2.0)])
-    assert left_out_errors({(n,): float(n**2) for n in range(1, 9)}).size == 0  # nothing lies between
+def test_tables_say_the_spread_of_the_median_of_their_rounds():
+    cell = CELLS[0]
+    laps = [Lap(s, s) for s in np.linspace(0.8, 1.2, 25)]
+    table = tables_of([cell], Samples(laps={cell.key: laps}), "cpu_s", MIXTRAL.name)["moe_block"]
+    p20, p80 = np.percentile([lap.cpu_s for lap in laps], (20, 80))
+    assert table.seconds_N[0] == pytest.approx(1.0)
+    assert table.low_N[0] == pytest.approx(p20**0.25066) and table.high_N[0] == pytest.approx(p80**0.25066)
 
 
 class Timed:
@@ -162,10 +169,9 @@ class Timed:
 
     def __init__(self, cells, wholes, slower=lambda whole: 1.0):
         medians = {cell.key: linear_seconds(cell) for cell in cells if cell.model}
-        table = table_of(cells, MIXTRAL.name, medians)
         medians |= {cell.key: 1e-3 for cell in cells if not cell.model}
         for whole in wholes:
-            medians[whole.key] = slower(whole) * sum(parts_s(table, whole.run, whole.counts_LE).values())
+            medians[whole.key] = slower(whole) * total_s(parts_of(LINEAR, whole.run, whole.counts_LE))
         self.samples = Samples(laps={key: [Lap(2 * s, s)] * 3 for key, s in medians.items()})
 
 
@@ -204,8 +210,9 @@ def test_closure_passes_widen_the_interval_and_move_nothing():
     wide = predict(cells, wholes, Timed(cells, wholes, lambda w: 1.1 if w.is_closure else 1.0).samples, "cpu_s")
     assert [case.predicted for case in wide] == [case.predicted for case in plain]
     assert all(w.low < p.low and w.high > p.high for w, p in zip(wide, plain, strict=True))
-    spread = relative_spread(LINEAR, {"moe": 1.0}, [0.03, -0.04])
-    assert spread == pytest.approx(np.hypot(np.sqrt(0.00125), relative_spread(LINEAR, {"moe": 1.0}, [])))
+    parts = parts_of(LINEAR, wholes[-1].run, wholes[-1].counts_LE)
+    wider = half_width(parts, [0.03, -0.04])
+    assert wider == pytest.approx(np.hypot(1.645 * np.sqrt(0.00125), half_width(parts, [])))
 
 
 def test_the_table_reaches_less_where_cells_were_dropped():

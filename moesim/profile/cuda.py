@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from moesim.profile.rounds import Job, Lap
-from moesim.profile.shapes import Cell
+from moesim.profile.shapes import AXES, Cell
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 4096, 1792, 64, 8
 """Of the grouped products: about the size of one rank's experts in models of today."""
@@ -63,31 +63,24 @@ def cuda_jobs(seed: int) -> tuple[list[Cell], list[Job]]:
     kernel = found_kernel("moesim.kernels.grouped_gemm", "experts")
     for active in (TOP_K, EXPERTS):
         for rows in (*range(1, 17), 24, 32, 48, 64, 96, 128, 256, 512):
-            calls[Cell(2, "grouped_gemm", (active, rows))] = _later(_experts, active, rows, torch_experts)
+            calls[Cell(2, "experts_torch", (active, rows))] = _later(_experts, active, rows, torch_experts)
             if kernel is not None:
-                calls[Cell(2, "grouped_gemm_triton", (active, rows))] = _later(_experts, active, rows, kernel)
+                calls[Cell(2, "experts_triton", (active, rows))] = _later(_experts, active, rows, kernel)
     for batch in (1, 8, 32, 128):
         for context in (128, 1024, 4096):
-            calls[Cell(1, "attention", (batch, 1, context))] = _later(_attention, batch, 1, context)
+            calls[Cell(1, "generation_attention", (batch, context, HEADS, KV_HEADS, HEAD_DIM))] = _later(
+                _attention, batch, 1, context
+            )
     for tokens in (128, 512, 2048, 8192):
-        calls[Cell(1, "attention", (1, tokens, 0))] = _later(_attention, 1, tokens, 0)
+        calls[Cell(1, "context_attention", (1, tokens, HEADS, KV_HEADS, HEAD_DIM))] = _later(_attention, 1, tokens, 0)
     for num_bytes in (64 << 10, 1 << 20, 16 << 20, 256 << 20):
-        for op in COPIES:
+        for op in (name for name in AXES if name.startswith("copy_")):
             calls[Cell(1, op, (num_bytes,))] = _later(_copy, op, num_bytes)
     jobs = [
         Job(cell.key, _preparing(make, flushed), parts=REPEATS, rank=cell.rank)
         for cell, make in calls.items()
     ]  # fmt: skip
     return list(calls), jobs
-
-
-COPIES = tuple(
-    f"copy_{way}_{memory}{load}"
-    for way in ("to_device", "to_host")
-    for memory in ("pinned", "pageable")
-    for load in ("", "_loaded")
-)
-"""Copies between host and device; `_loaded`: while another stream copies pinned memory the other way."""
 
 
 def found_kernel(module: str, name: str) -> Any:
@@ -187,12 +180,12 @@ def cuda_toml(cells: Mapping[Cell, float], facts: Mapping[str, Any]) -> str:
     grouped = {
         cell: 6.0 * float(np.prod(cell.shape)) * HIDDEN * WIDTH / s
         for cell, s in cells.items()
-        if cell.op.startswith("grouped_gemm")
+        if cell.op.startswith("experts")
     }
     attention = {
         cell: 4.0 * cell.shape[1] * (cell.shape[1] / 2) * HEADS * HEAD_DIM / s
         for cell, s in cells.items()
-        if cell.op == "attention" and cell.shape[1] > 1
+        if cell.op == "context_attention"
     }
     reading = {cell: 2.0 * cell.shape[1] * cell.shape[2] / s for cell, s in cells.items() if cell.op == "gemm"}
     peak, bandwidth = max([*gemm.values(), *grouped.values()]), max(reading.values())

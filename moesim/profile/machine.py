@@ -74,8 +74,8 @@ def rates(cells: Mapping[Cell, float]) -> dict[str, NDArray[np.float64]]:
             found["memory"].append(4.0 * at[1] * at[2] / seconds)
         elif cell.op == "copy" and at[0] >= 8 << 20:
             found["memory"].append(2.0 * at[0] / seconds)
-        elif cell.op == "moe" and at[1] >= 64:
-            found["grouped_gemm"].append(work(SHAPES[cell.model], "moe", at)[0] / seconds)
+        elif cell.op == "moe_block" and at[1] >= 64:
+            found["grouped_gemm"].append(work(SHAPES[cell.model], "moe_block", at)[0] / seconds)
         elif cell.op == "attention_prefill" and at[1] >= 64:
             found["attention"].append(work(SHAPES[cell.model], cell.op, at)[0] / seconds)
     return {kind: np.array(values) for kind, values in found.items()}

@@ -106,7 +106,7 @@ class ModelParts:
         return Job(cell.key, prepare, layers, cell.rank)
 
     def _part(self, cell: Cell, places: list[int]) -> Callable[[], object]:
-        if cell.op == "moe":
+        if cell.op == "moe_block":
             active, rows = cell.shape
             return self._moe(active, rows, places)
         batch = cell.shape[0]

@@ -6,23 +6,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 AXES: dict[str, tuple[str, ...]] = {
-    "gemm": ("rows", "columns", "inner"),
+    "gemm": ("m", "n", "k"),
     "copy": ("bytes",),
-    "moe": ("active", "rows"),
+    "moe_block": ("active", "rows"),
     "attention_prefill": ("batch", "tokens"),
     "attention_decode": ("batch", "context"),
     "frame_prefill": ("batch", "tokens"),
     "frame_decode": ("batch",),
     "launch": (),
-    "grouped_gemm": ("active", "rows"),
-    "grouped_gemm_triton": ("active", "rows"),
-    "attention": ("batch", "tokens", "context"),
+    "experts_torch": ("active", "rows"),
+    "experts_triton": ("active", "rows"),
+    "context_attention": ("batch_size", "seq_len", "num_heads", "num_kv_heads", "head_dim"),
+    "generation_attention": ("batch_size", "kv_len", "num_heads", "num_kv_heads", "head_dim"),
+    **{
+        f"copy_{way}_{memory}{load}": ("bytes",)
+        for way in ("to_device", "to_host")
+        for memory in ("pinned", "pageable")
+        for load in ("", "_loaded")
+    },
 }
 """Operators and what their shapes are counted in.
 
-`moe` is one layer's router and experts with `rows` rows in each of `active` experts; `attention_...` one layer's
+`moe_block` is one layer's router and experts with `rows` rows in each of `active` experts; `attention_...` one layer's
 attention module with its projections and cache; `frame_...` the whole model without these two: embedding, norms,
-residuals, the head for the last token of each request, and what the framework costs.
+residuals, the head for the last token of each request, and what the framework costs. The rest is of CUDA devices;
+copies `_loaded` are made while another stream copies pinned memory the other way.
 """
 
 
@@ -107,7 +115,7 @@ def model_cells(shape: ModelShape, batch: int, context: int, tokens: int, first_
     """
     K, E = shape.top_k, shape.experts
     cells = [
-        Cell(rank, "moe", (active, rows), shape.name)
+        Cell(rank, "moe_block", (active, rows), shape.name)
         for active in sorted({K, E})
         for rank, rows in _steps(tokens if active == K else min(tokens, 64), dense=16)
     ]
@@ -139,10 +147,10 @@ def _lengths(context: int) -> Sequence[int]:
 def work(shape: ModelShape, op: str, at: tuple[int, ...]) -> tuple[float, float]:
     """FLOP and bytes (fp32) of one cell, for rooflines and for how long it will take.
 
-    A layer's work for `moe` and `attention_...`, the whole head's for `frame_...`.
+    A layer's work for `moe_block` and `attention_...`, the whole head's for `frame_...`.
     """
     h = shape.hidden
-    if op == "moe":
+    if op == "moe_block":
         active, rows = at
         return 2.0 * active * rows * shape.expert_params, 4.0 * active * (shape.expert_params + 2 * rows * h)
     if op.startswith("attention"):

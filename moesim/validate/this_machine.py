@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim.profile.interpolation import Table, left_out_errors, parts_s
 from moesim.profile.machine import Peaks, machine_facts, one_thread, peaks, rates
 from moesim.profile.passes import Pass
 from moesim.profile.rounds import Samples, Timing, time_rounds
 from moesim.profile.shapes import SHAPES, Cell, ModelShape, attention_work, work
+from moesim.profile.sums import Part, Tables, parts_of, tables_of
 from moesim.validate.cases import Case, Validation, summary
 
 if TYPE_CHECKING:
@@ -69,61 +69,51 @@ def validate_this_machine(
 
 
 def predict(cells: Sequence[Cell], wholes: Sequence[Whole], samples: Samples, clock: str) -> list[Case]:
-    """A case for each pass that was timed and that the table reaches; closure passes only set the intervals' width."""
+    """A case for each pass that was timed and that the tables reach; closure passes only set the intervals' width."""
     median = {key: float(found[0]) for key, found in samples.percentiles(clock, (50,)).items()}
     top = peaks(rates({cell: median[cell.key] for cell in cells if not cell.model and cell.key in median}))
-    tables = {whole.shape: table_of(cells, whole.shape.name, median) for whole in wholes}
-    found = [(whole, _reached(tables[whole.shape], whole)) for whole in wholes if whole.key in median]
-    closure = [np.log(sum(p.values()) / median[whole.key]) for whole, p in found if whole.is_closure and p]
-    return [
-        _case(whole, parts, median[whole.key], relative_spread(tables[whole.shape], parts, closure), top)
+    tables = {model: tables_of(cells, samples, clock, model) for model in dict.fromkeys(w.shape.name for w in wholes)}
+    found = [(whole, _reached(tables[whole.shape.name], whole)) for whole in wholes if whole.key in median]
+    closure = [
+        np.log(sum(part.seconds for part in parts.values()) / median[whole.key])
         for whole, parts in found
-        if parts and not whole.is_closure
+        if whole.is_closure and parts
+    ]
+    return [
+        _case(whole, parts, median[whole.key], closure, top) for whole, parts in found if parts and not whole.is_closure
     ]
 
 
-def table_of(cells: Sequence[Cell], model: str, median: Mapping[str, float]) -> Table:
-    """The timed cells of one model by operator and shape."""
-    table: dict[str, dict[tuple[int, ...], float]] = {}
-    for cell in cells:
-        if cell.model == model and cell.key in median:
-            table.setdefault(cell.op, {})[cell.shape] = median[cell.key]
-    return table
-
-
-def _reached(table: Table, whole: Whole) -> dict[str, float]:
-    """Seconds of the parts, or none where cells that were dropped leave the pass outside of the table."""
+def _reached(tables: Tables, whole: Whole) -> dict[str, Part]:
+    """Seconds of the parts, or none where cells that were dropped leave the pass outside of the tables."""
     try:
-        return parts_s(table, whole.run, whole.counts_LE)
+        return parts_of(tables, whole.run, whole.counts_LE)
     except ValueError:
         return {}
 
 
-def relative_spread(table: Table, parts: Mapping[str, float], closure: Sequence[float]) -> float:
-    """Standard deviation of ln(predicted / measured), from the profile alone.
+def half_width(parts: Mapping[str, Part], closure: Sequence[float]) -> float:
+    """Half of the 90 % interval of ln(predicted / measured), from the profile alone.
 
-    Two sources that do not know of each other: interpolation, half of the error of telling each cell from its
-    neighbours (whose gap is twice as wide), by each operator's share of the pass; and the profile's own passes on its
-    own points, whose errors hold the machine's unrest and what parts miss of a whole.
+    Two sources that do not know of each other: the tables' own intervals (spread and interpolation), by each
+    operator's share of the pass; and the profile's own passes on its own points, whose errors hold the machine's
+    unrest and what parts miss of a whole.
     """
-    total_s = sum(parts.values())
-    interpolation = 0.0
-    for op, seconds in parts.items():
-        errors = left_out_errors(table[op])
-        if errors.size:
-            interpolation += (seconds / total_s * 0.5) ** 2 * float(np.mean(errors**2))
-    unrest = float(np.mean(np.square(closure))) if len(closure) else 0.0
-    return float(np.sqrt(interpolation + unrest))
+    total_s = sum(part.seconds for part in parts.values())
+    own = [part.seconds / total_s * np.log(part.high / part.low) / 2 for part in parts.values()]
+    unrest = WIDTH * np.sqrt(np.mean(np.square(closure))) if len(closure) else 0.0
+    return float(np.sqrt(np.sum(np.square(own)) + unrest**2))
 
 
-def _case(whole: Whole, parts: Mapping[str, float], measured_s: float, spread: float, top: Peaks) -> Case:
-    predicted_s = float(sum(parts.values()))
+def _case(whole: Whole, parts: Mapping[str, Part], measured_s: float, closure: Sequence[float], top: Peaks) -> Case:
+    predicted_s = sum(part.seconds for part in parts.values())
+    factor = float(np.exp(half_width(parts, closure)))
     return Case(
         whole.key,
         measured_s,
         predicted_s,
-        predicted_s * float(np.exp(-WIDTH * spread)),
-        predicted_s * float(np.exp(WIDTH * spread)),
+        predicted_s / factor,
+        predicted_s * factor,
         group=f"{whole.run.phase}, {whole.run.routing}",
         baseline=roofline_s(whole.shape, whole.run, whole.counts_LE, top),
     )
@@ -138,7 +128,7 @@ def roofline_s(shape: ModelShape, run: Pass, counts_LE: NDArray[np.int64], top: 
     def at_peak(flops: float, num_bytes: float) -> float:
         return max(flops / top.flops_per_s, num_bytes / top.bytes_per_s)
 
-    experts = sum(at_peak(*work(shape, "moe", (1, int(rows)))) for rows in counts_LE[counts_LE > 0])
+    experts = sum(at_peak(*work(shape, "moe_block", (1, int(rows)))) for rows in counts_LE[counts_LE > 0])
     attention = at_peak(*attention_work(shape, run.batch, run.tokens, run.context))
     size = (run.batch,) if run.phase == "decode" else (run.batch, run.tokens)
     return experts + shape.layers * attention + at_peak(*work(shape, f"frame_{run.phase}", size))
