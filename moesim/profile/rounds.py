@@ -112,7 +112,7 @@ class Samples:
 
 
 class Timing(NamedTuple):
-    """What `time_rounds` came to: rounds timed in all, the jobs that were dropped for want of time, seconds taken."""
+    """Whole rounds timed in all, the jobs that were dropped for want of time, and seconds taken."""
 
     rounds: int
     dropped: tuple[str, ...]
@@ -136,7 +136,7 @@ def time_rounds(
         jobs: what to time.
         samples: takes the timings; jobs that have more of them already are left out of rounds until all have as many.
         budget_s: seconds on the wall for everything. Jobs are dropped, those of the highest rank first, until
-            `min_rounds` rounds fit; rounds are added as long as one more fits.
+            `min_rounds` rounds fit; the first round is always finished, a later one ends with the budget.
         seed: of the order.
         min_rounds, max_rounds: rounds that must fit, and that are enough.
         report: told the share of the budget that is used.
@@ -149,23 +149,20 @@ def time_rounds(
     def used_s() -> float:
         return clock().wall_s - begun
 
-    kept, dropped, cost_s = _warm(list(jobs), samples, budget_s, min_rounds, max_rounds, clock, report)
+    kept, dropped = _warm(list(jobs), samples, budget_s, min_rounds, max_rounds, clock, report)
     done = min((len(samples.laps.get(job.key, ())) for job in kept), default=0)
-    taken_s = sum(cost_s.values())
     for turn in range(done, max_rounds):
-        if turn >= 1 and used_s() + taken_s > budget_s:
-            break
-        before = used_s()
         order = [job for job in kept if len(samples.laps.get(job.key, ())) <= turn]
         random.Random(f"{seed}/{turn}").shuffle(order)
         for job in order:
+            if turn and used_s() > budget_s:
+                return Timing(turn, tuple(dropped), used_s())
             timed = job.prepare(turn)
             start = clock()
             told = timed()
             lap = told if isinstance(told, Lap) else lap_since(start, clock)
             samples.add(job.key, Lap(lap.wall_s / job.parts, lap.cpu_s / job.parts))
             report(min(1.0, used_s() / budget_s))
-        taken_s = used_s() - before
         done = turn + 1
     return Timing(done, tuple(dropped), used_s())
 
@@ -178,8 +175,8 @@ def _warm(
     max_rounds: int,
     clock: Callable[[], Lap],
     report: Callable[[float], None],
-) -> tuple[list[Job], list[str], dict[str, float]]:
-    """The jobs that fit, those that do not, and what one turn of each costs on the wall."""
+) -> tuple[list[Job], list[str]]:
+    """The jobs that fit, and the names of those that do not."""
     if len({job.key for job in jobs}) < len(jobs):
         raise ValueError("jobs to time must have different keys; two are alike")
     begun = clock().wall_s
@@ -200,4 +197,4 @@ def _warm(
         if job.rank and min_rounds * sum(cost_s.values()) > budget_s - (clock().wall_s - begun):
             del cost_s[job.key]
             dropped.append(job.key)
-    return [job for job in jobs if job.key in cost_s], dropped, cost_s
+    return [job for job in jobs if job.key in cost_s], dropped

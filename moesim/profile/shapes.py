@@ -124,7 +124,7 @@ def model_cells(shape: ModelShape, batch: int, context: int, tokens: int, first_
         cells += [Cell(rank, "attention_decode", (rows, length), shape.name) for length in _lengths(context)]
     for requests in (1, 2, 4, 8):
         steps = _steps(tokens // requests, dense=0, start=8)
-        cells += [Cell(rank, "attention_prefill", (requests, length), shape.name) for rank, length in steps]
+        cells += [Cell(1, "attention_prefill", (requests, n), shape.name) for rank, n in steps if rank == 1]
         cells += [Cell(1, "frame_prefill", (requests, n), shape.name) for _, n in (*steps[:-1:3], steps[-1])]
     return [replace(cell, rank=cell.rank + first_rank - 1) for cell in cells]
 

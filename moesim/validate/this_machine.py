@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 WIDTH = 1.645
 """Standard deviations to each side of a 90 % interval."""
-_SETUP_ROUNDS = 3
+MIN_ROUNDS = 6
+"""Rounds that must fit, or models and steps are left out."""
 
 
 def validate_this_machine(
@@ -60,7 +61,7 @@ def validate_this_machine(
     one_thread()
     samples = Samples()
     left_s = budget_s - (time.perf_counter() - begun)
-    timing = time_rounds(jobs, samples, left_s, seed=seed, min_rounds=_SETUP_ROUNDS, report=report)
+    timing = time_rounds(jobs, samples, left_s, seed=seed, min_rounds=MIN_ROUNDS, report=report)
     cases = {clock: predict(cells, wholes, samples, clock) for clock in ("cpu_s", "wall_s")}
     if not cases["cpu_s"]:
         raise ValueError(f"{budget_s:.0f} s are too few to time a model on this machine; give a larger --budget")
