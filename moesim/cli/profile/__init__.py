@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from moesim.cli.profile.convert import import_command
+from moesim.cli.profile.run import run_profile_command
 
-COMMANDS: tuple[click.Command, ...] = (import_command,)
+COMMANDS: tuple[click.Command, ...] = (run_profile_command, import_command)
 
 
 @click.group("profile")

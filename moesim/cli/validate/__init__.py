@@ -6,8 +6,9 @@ import click
 
 from moesim.cli.validate.kernels import kernels_command
 from moesim.cli.validate.serving import serving_command
+from moesim.cli.validate.this_machine import this_machine_command
 
-COMMANDS: tuple[click.Command, ...] = (kernels_command, serving_command)
+COMMANDS: tuple[click.Command, ...] = (this_machine_command, kernels_command, serving_command)
 
 
 @click.group("validate")
