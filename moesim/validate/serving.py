@@ -61,7 +61,7 @@ def validate_serving(
             run.group in seen or run.is_told_by_time,
             run.group,
             float(plain),
-        )  # fmt: skip
+        )
         for run, predicted, low, high, plain in rows
     )
     facts = {"kernels": "measured tables" if make_kernels else "roofline"} | facts | _set_aside(runs, predicted_N)
