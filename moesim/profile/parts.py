@@ -73,6 +73,8 @@ class ModelParts:
         self._layers = list(self.model.model.layers)
         pool = (shape.layers, 2, max_batch, shape.kv_heads, max_context, shape.head_dim)
         self._keys_values = torch.ones(pool)
+        self._next_layer: dict[str, int] = {}
+        self._next_expert = [0] * shape.layers
         self._forced: dict[int, tuple[Tensor, Tensor]] = {}
         self._chosen: dict[int, Tensor] = {}
         for index, layer in enumerate(self._layers):
@@ -98,12 +100,15 @@ class ModelParts:
                 np.clip(_TIMING_S / max(flops / _FLOPS_PER_S, num_bytes / _BYTES_PER_S), 1, self.shape.layers - 1)
             )
 
-        def prepare(turn: int) -> Callable[[], object]:
-            first = turn * layers % self.shape.layers
-            places = [(first + i) % self.shape.layers for i in range(layers + 1)]  # the first warms up
-            return self._part(cell, places)
+        return Job(
+            cell.key, lambda _turn: self._part(cell, self._places(cell.op.partition("_")[0], layers)), layers, cell.rank
+        )
 
-        return Job(cell.key, prepare, layers, cell.rank)
+    def _places(self, op: str, layers: int) -> list[int]:
+        """The layers that were timed longest ago, so that their weights are cold, after the last timed, to warm up."""
+        first = self._next_layer.get(op, 0)
+        self._next_layer[op] = (first + layers) % self.shape.layers
+        return [(first + i) % self.shape.layers for i in range(-1, layers)]
 
     def _part(self, cell: Cell, places: list[int]) -> Callable[[], object]:
         if cell.op == "moe_block":
@@ -117,11 +122,13 @@ class ModelParts:
         return self._whole(self._frame, self._ids(batch, tokens), context)
 
     def _moe(self, active: int, rows: int, places: list[int]) -> Callable[[], object]:
-        """`rows` tokens for each of the experts 0 to `active` - 1."""
-        K = self.shape.top_k
+        """`rows` tokens for each of `active` experts, those of each layer that were timed longest ago."""
+        K, E = self.shape.top_k, self.shape.experts
         ids = (torch.arange(active * rows) % active).reshape(-1, K)
         warm, *timed = places
-        self._force(dict.fromkeys(timed, ids) | {warm: ids[:1]})
+        self._force({i: (x + self._next_expert[i]) % E for i, x in [(warm, ids[:1] - K), *((i, ids) for i in timed)]})
+        for i in timed:
+            self._next_expert[i] = (self._next_expert[i] + active) % E
         hidden = torch.randn(1, len(ids), self.shape.hidden)
         return self._cold(
             partial(self._layers[warm].mlp, hidden[:, :1]), [partial(self._layers[i].mlp, hidden) for i in timed]
