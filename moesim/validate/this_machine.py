@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim.profile.machine import Peaks, machine_facts, one_thread, peaks, rates
+from moesim.profile.machine import Peaks, keep_freed_memory, machine_facts, one_thread, peaks, rates
 from moesim.profile.passes import Pass
 from moesim.profile.rounds import Samples, Timing, time_rounds
 from moesim.profile.shapes import SHAPES, Cell, ModelShape, attention_work, work
@@ -55,6 +55,7 @@ def validate_this_machine(
     """
     begun = time.perf_counter()
     one_thread()
+    keep_freed_memory()
     from moesim.profile.cpu import Limits, jobs_with_passes
 
     cells, jobs, wholes = jobs_with_passes(shapes, limits or Limits(), num_prefill, num_decode, seed)

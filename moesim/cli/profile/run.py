@@ -23,9 +23,10 @@ def run_profile_command(device: str, budget_s: float, models: tuple[str, ...], s
     Every timing is kept in OUT/samples.jsonl as it is made: interrupted, or run again with more seconds, the same
     command goes on from there. Cells that do not fit the budget are dropped and named.
     """
-    from moesim.profile.machine import one_thread
+    from moesim.profile.machine import keep_freed_memory, one_thread
 
     one_thread()
+    keep_freed_memory()
     try:
         import moesim.profile.parts  # noqa: F401
     except ModuleNotFoundError as error:

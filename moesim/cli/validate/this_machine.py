@@ -9,7 +9,7 @@ from moesim.cli.validate.printing import print_validation
 
 @click.command("this-machine")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@click.option("--cases", "all_cases", is_flag=True, help="Print every case too.")
+@click.option("--all", "all_cases", is_flag=True, help="Print every case.")
 @click.option("--seed", default=0, show_default=True, help="Of weights, sizes, routing and the order of timings.")
 @click.option(
     "--budget",
