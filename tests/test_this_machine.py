@@ -17,7 +17,8 @@ from moesim.profile.machine import Peaks, device_toml, one_thread, peaks, rates
 from moesim.profile.passes import ROUTINGS, Pass, counts_of, draw_passes, forced_ids
 from moesim.profile.rounds import Lap, Samples
 from moesim.profile.shapes import AXES, MIXTRAL, QWEN3, SHAPES, ModelShape, machine_cells, model_cells, work
-from moesim.profile.sums import moe_part, parts_of, tables_of
+from moesim.profile.sums import moe_part, parts_of
+from moesim.profile.tables import tables_of
 from moesim.validate.cases import summary
 from moesim.validate.this_machine import half_width, predict, roofline_s
 
@@ -36,7 +37,7 @@ def linear_seconds(cell):
 
 def tables(cells, seconds=linear_seconds):
     laps = {cell.key: [Lap(2 * seconds(cell), seconds(cell))] * 3 for cell in cells}
-    return tables_of(cells, Samples(laps=laps), "cpu_s", MIXTRAL.name)
+    return {table.op: table for table in tables_of(cells, Samples(laps=laps), "cpu_s")}
 
 
 LINEAR = tables(CELLS)
@@ -158,7 +159,7 @@ def test_a_pass_that_the_tables_do_not_reach_is_refused():
 def test_tables_say_the_spread_of_the_median_of_their_rounds():
     cell = CELLS[0]
     laps = [Lap(s, s) for s in np.linspace(0.8, 1.2, 25)]
-    table = tables_of([cell], Samples(laps={cell.key: laps}), "cpu_s", MIXTRAL.name)["moe_block"]
+    [table] = tables_of([cell], Samples(laps={cell.key: laps}), "cpu_s")
     p20, p80 = np.percentile([lap.cpu_s for lap in laps], (20, 80))
     assert table.seconds_N[0] == pytest.approx(1.0)
     assert table.low_N[0] == pytest.approx(p20**0.25066) and table.high_N[0] == pytest.approx(p80**0.25066)

@@ -86,17 +86,27 @@ class Cell:
         rank: how soon it is dropped when time is short; 0 last.
         shape: numbers in the order of `AXES[op]`.
         model: name of the model shape; "" where the operator has none.
+        dtype: format of the weights, or of what is copied.
+        facts: more to tell its table from others of the operator: (name, word), such as ("kernel", "triton").
     """
 
     rank: int
     op: str
     shape: tuple[int, ...]
     model: str = ""
+    dtype: str = "fp32"
+    facts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def table_facts(self) -> dict[str, str]:
+        """The facts of its measured table: the model, if any, and its own."""
+        return ({"model": self.model} if self.model else {}) | dict(self.facts)
 
     @property
     def key(self) -> str:
         """The cell in words, unique in a profile."""
-        return f"{self.model}/{self.op}/{'x'.join(map(str, self.shape))}"
+        said = "/".join((self.op, self.dtype, *self.table_facts.values()))
+        return f"{said}/{'x'.join(map(str, self.shape))}"
 
 
 def machine_cells() -> list[Cell]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -10,13 +10,10 @@ from numpy.typing import NDArray
 
 from moesim.costs.measured import Interpolated, MeasuredTable
 from moesim.profile.passes import Pass
-from moesim.profile.rounds import Samples
-from moesim.profile.shapes import AXES, Cell
+from moesim.profile.shapes import AXES
 
 Tables = Mapping[str, MeasuredTable]
 """Operator -> its table, for one model."""
-MEDIAN_SPREAD = 1.2533
-"""Standard deviation of a median of n normal values, over that of one divided by the root of n."""
 
 
 class Part(NamedTuple):
@@ -25,41 +22,6 @@ class Part(NamedTuple):
     seconds: float
     low: float
     high: float
-
-
-def tables_of(
-    cells: Sequence[Cell],
-    samples: Samples,
-    clock: str,
-    model: str,
-    dtype: str = "fp32",
-    device: str = "cpu",
-    provenance: Mapping[str, str] | None = None,
-) -> dict[str, MeasuredTable]:
-    """The timed cells of one model ("" for those of the machine) by operator, on `clock`, `cpu_s` or `wall_s`.
-
-    Low and high are the 20th and 80th percentile of the *median* of the rounds, told from those of the rounds.
-    """
-    found = samples.percentiles(clock)
-    tables = {}
-    for op in dict.fromkeys(cell.op for cell in cells if cell.model == model and cell.key in found and cell.shape):
-        mine = [cell for cell in cells if (cell.model, cell.op) == (model, op) and cell.key in found]
-        p20, p50, p80 = np.array([found[cell.key] for cell in mine]).T
-        rounds = np.array([len(samples.laps[cell.key]) for cell in mine])
-        share = np.minimum(1.0, MEDIAN_SPREAD / np.sqrt(rounds))
-        tables[op] = MeasuredTable(
-            op,
-            dtype,
-            device,
-            AXES[op],
-            np.array([cell.shape for cell in mine], np.float64),
-            p50,
-            p50 * (p20 / p50) ** share,
-            p50 * (p80 / p50) ** share,
-            {"clock": clock.removesuffix("_s"), **({"model": model} if model else {})},
-            provenance or {},
-        )
-    return tables
 
 
 def moe_part(table: MeasuredTable, counts_LE: NDArray[np.int64]) -> Part:

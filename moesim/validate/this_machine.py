@@ -17,12 +17,14 @@ from moesim.profile.machine import Peaks, keep_freed_memory, machine_facts, one_
 from moesim.profile.passes import Pass
 from moesim.profile.rounds import Samples, Timing, time_rounds
 from moesim.profile.shapes import SHAPES, Cell, ModelShape, attention_work, work
-from moesim.profile.sums import Part, Tables, parts_of, tables_of
+from moesim.profile.sums import Part, Tables, parts_of
+from moesim.profile.tables import tables_of
 from moesim.validate.cases import Case, Validation, summary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from moesim.costs.measured import MeasuredTable
     from moesim.profile.cpu import Limits, Whole
 
 WIDTH = 1.645
@@ -74,7 +76,9 @@ def predict(cells: Sequence[Cell], wholes: Sequence[Whole], samples: Samples, cl
     """A case for each pass that was timed and that the tables reach; closure passes only set the intervals' width."""
     median = {key: float(found[0]) for key, found in samples.percentiles(clock, (50,)).items()}
     top = peaks(rates({cell: median[cell.key] for cell in cells if not cell.model and cell.key in median}))
-    tables = {model: tables_of(cells, samples, clock, model) for model in dict.fromkeys(w.shape.name for w in wholes)}
+    tables: dict[str, dict[str, MeasuredTable]] = {whole.shape.name: {} for whole in wholes}
+    for table in tables_of([cell for cell in cells if cell.model], samples, clock):
+        tables[table.facts["model"]][table.op] = table
     found = [(whole, _reached(tables[whole.shape.name], whole)) for whole in wholes if whole.key in median]
     closure = [
         np.log(sum(part.seconds for part in parts.values()) / median[whole.key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import click
 @click.option("--seed", default=0, show_default=True, help="Of weights, inputs and the order of timings.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
 def run_profile_command(device: str, budget_s: float, models: tuple[str, ...], seed: int, out: Path) -> None:
-    """Time operators in shuffled rounds and write OUT/points.parquet and OUT/device.toml.
+    """Time operators in shuffled rounds and write OUT/tables.parquet and OUT/device.toml.
 
     Every timing is kept in OUT/samples.jsonl as it is made: interrupted, or run again with more seconds, the same
     command goes on from there. Cells that do not fit the budget are dropped and named.
@@ -43,16 +44,17 @@ def run_profile_command(device: str, budget_s: float, models: tuple[str, ...], s
         sys.exit(130)
     if dropped:
         click.echo(f"dropped for want of time: {', '.join(dropped)}; give a larger --budget to time them", err=True)
-    click.echo(f"{out / 'points.parquet'}\n{out / 'device.toml'}")
+    click.echo(f"{out / 'tables.parquet'}\n{out / 'device.toml'}")
 
 
 def _profile(device: str, budget_s: float, models: tuple[str, ...], seed: int, out: Path) -> tuple[str, ...]:
     """Time, write both files, and return what was dropped."""
     from moesim.files.keys import nearest
+    from moesim.files.profiles.tables import write_tables
     from moesim.profile.machine import device_toml, machine_facts
-    from moesim.profile.points import points_of, write_points
     from moesim.profile.rounds import Samples, time_rounds
     from moesim.profile.shapes import SHAPES
+    from moesim.profile.tables import provenance_of, tables_of
 
     unknown = [name for name in models if name not in SHAPES]
     if unknown:
@@ -69,11 +71,13 @@ def _profile(device: str, budget_s: float, models: tuple[str, ...], seed: int, o
         cells, jobs = table_jobs([SHAPES[name] for name in facts["models"]], Limits(), seed)
     with timing_bar("timing in shuffled rounds") as report:
         timing = time_rounds(jobs, samples, budget_s, seed=seed, report=report)
-    write_points(points_of(cells, samples, "fp32" if device == "cpu" else "bf16"), out / "points.parquet", facts)
+    write_tables(tables_of(cells, samples, "cpu_s", out.name, provenance_of(facts)), out / "tables.parquet")
     median = {key: float(found[0]) for key, found in samples.percentiles("cpu_s", (50,)).items()}
     timed = {cell: median[cell.key] for cell in cells if cell.key in median}
     text = cuda_toml(timed, facts) if device == "cuda" else device_toml(timed, facts)
-    (out / "device.toml").write_text(text)
+    temporary = out / f".device.toml.{os.getpid()}.tmp"
+    temporary.write_text(text)
+    temporary.replace(out / "device.toml")
     return timing.dropped
 
 
