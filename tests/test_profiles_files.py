@@ -276,3 +276,332 @@ def test_a_flipped_byte_of_a_page_is_found(tmp_path):
         else:
             assert [rows_of(table) for table in read] == [rows_of(made())]  # a byte that nothing reads
     assert found > 0.5 * len(flips)
+
+
+# --- what others publish
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3), st.floats(1e-6, 1e-2)), min_size=1, max_size=20))
+def test_repeated_points_become_their_median(rows):
+    points, seconds = merged(np.array([row[:2] for row in rows], float), np.array([row[2] for row in rows]))
+    want = {row[:2]: np.median([other[2] for other in rows if other[:2] == row[:2]]) for row in rows}
+    assert {tuple(point): value for point, value in zip(points.tolist(), seconds, strict=True)} == pytest.approx(want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("abc"), st.sampled_from("xy")), max_size=20))
+def test_rows_are_parted_by_their_words(rows):
+    names = {
+        name: np.array([row[at] for row in rows], dtype=np.str_) for at, name in enumerate(("one", "two", "three"))
+    }
+    parts = [(tuple(said[name] for name in names), which.tolist()) for said, which in split(names)]
+    assert dict(parts) == {row: [at for at, other in enumerate(rows) if other == row] for row in rows}
+    assert len(parts) == len(set(rows))
+
+
+SYSTEM = "h100_sxm"
+COMMON = {"framework": "VLLM", "version": "0.24.0", "device": "NVIDIA H100", "kernel_source": "default"}
+GEMM = {"op_name": "gemm", "gemm_dtype": "bfloat16", "m": 1, "n": 256, "k": 512, "latency": 0.002}
+MOE = {"op_name": "moe", "moe_dtype": "fp8_block", "num_tokens": 4, "hidden_size": 7168, "inter_size": 2048, "topk": 8,
+       "num_experts": 256, "moe_tp_size": 1, "moe_ep_size": 1, "distribution": "power_law_1.2", "latency": 0.5}  # fmt: skip
+HEADS = {"op_name": "attention", "batch_size": 2, "num_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "isl": 1,
+         "step": 0, "attn_dtype": "bfloat16", "kv_cache_dtype": "fp8", "window_size": 0, "latency": 0.1}  # fmt: skip
+NCCL = {"op_name": "all_gather", "nccl_dtype": "half", "num_gpus": 8, "message_size": 256, "latency": 0.01}
+DEEPEP = {"op_name": "normal", "node_num": 2, "hidden_size": 7168, "num_token": 64, "num_topk": 8, "num_experts": 256}
+
+
+def put(root, where, *rows):
+    """A table of theirs, SYSTEM/FAMILY/BACKEND/VERSION/NAME, with the columns that all of them have."""
+    path = root / f"{where}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist([COMMON | row for row in rows]), path)
+    return path
+
+
+def points_of(table):
+    """Seconds by the coordinates, in the order of the axes."""
+    return dict(zip(map(tuple, table.points_ND.tolist()), table.seconds_N.tolist(), strict=True))
+
+
+def only(found, name):
+    """The one table of that name."""
+    (table,) = found.tables[name]
+    return table
+
+
+def test_milliseconds_become_seconds_and_names_ours(tmp_path):
+    put(tmp_path, f"{SYSTEM}/gemm/vllm/0.24.0/gemm_perf", GEMM, GEMM | {"m": 2, "latency": 0.003})
+    found = import_profiles(tmp_path)
+    table = only(found, "h100_sxm-vllm-0.24.0-gemm")
+    assert (table.op, table.dtype, table.device, table.axes) == ("gemm", "bf16", SYSTEM, ("m", "n", "k"))
+    assert points_of(table) == pytest.approx({(1, 256, 512): 2e-6, (2, 256, 512): 3e-6})
+    assert table.facts == {"backend": "vllm", "version": "0.24.0", "kernel": "default"}
+    assert table.provenance["source"] == f"NVIDIA aiconfigurator, {SYSTEM}/gemm/vllm/0.24.0/gemm_perf.parquet"
+    assert set(table.provenance) >= set(PROVENANCE)
+    assert found.read == [f"{SYSTEM}/gemm/vllm/0.24.0/gemm_perf.parquet: 2 rows, 2 points in 1 tables"]
+    assert found.left_out == []
+
+
+def test_formats_and_kernels_are_tables_of_their_own(tmp_path):
+    rows = [GEMM, GEMM | {"gemm_dtype": "float16"}, GEMM | {"gemm_dtype": "fp8"}, GEMM | {"kernel_source": "cutlass"}]
+    put(tmp_path, f"{SYSTEM}/gemm/vllm/0.24.0/gemm_perf", *rows)
+    (found,) = import_profiles(tmp_path).tables.values()
+    said = {(table.dtype, table.facts["kernel"]) for table in found}
+    assert said == {("bf16", "default"), ("fp16", "default"), ("fp8", "default"), ("bf16", "cutlass")}
+
+
+def test_message_sizes_are_elements(tmp_path):
+    rows = [NCCL, NCCL | {"nccl_dtype": "int8", "op_name": "alltoall"}, NCCL | {"op_name": "alltoall"}]
+    put(tmp_path, f"{SYSTEM}/comm/nccl/2.27/nccl_perf", *rows)
+    each = {"allreduce_dtype": "bfloat16", "num_gpus": 2, "message_size": 128, "latency": 0.004, "backend": "graph"}
+    put(tmp_path, f"{SYSTEM}/comm/vllm/1/custom_allreduce_perf", {"op_name": "all_reduce"} | each)
+    found = import_profiles(tmp_path)
+    said = {(table.op, table.dtype): points_of(table) for table in found.tables["h100_sxm-nccl-2.27-nccl"]}
+    assert said == {
+        ("all_gather", "fp16"): {(8, 512): pytest.approx(1e-5)},
+        ("all_to_all", "int8"): {(8, 256): pytest.approx(1e-5)},
+        ("all_to_all", "fp16"): {(8, 512): pytest.approx(1e-5)},
+    }
+    table = only(found, "h100_sxm-vllm-1-custom_allreduce")
+    assert points_of(table) == {(2, 256): pytest.approx(4e-6)}
+    assert (table.facts["backend"], table.facts["implementation"]) == ("vllm", "graph")
+
+
+def test_a_shape_timed_more_than_once_has_the_median(tmp_path):
+    put(tmp_path, f"{SYSTEM}/gemm/vllm/0.24.0/gemm_perf", *(GEMM | {"latency": ms} for ms in (0.009, 0.002, 0.003)))
+    assert points_of(only(import_profiles(tmp_path), "h100_sxm-vllm-0.24.0-gemm")) == {(1, 256, 512): 3e-6}
+
+
+def test_even_loads_over_several_ranks_are_left_out(tmp_path):
+    even, spread = {"distribution": "balanced"}, {"moe_ep_size": 8}
+    rows = [MOE, MOE | even, MOE | spread, MOE | even | spread]
+    put(tmp_path, f"{SYSTEM}/moe/vllm/0.24.0/moe_perf", *rows)
+    found = import_profiles(tmp_path)
+    kept = {
+        (table.facts["distribution"], ep)
+        for table in found.tables["h100_sxm-vllm-0.24.0-moe"]
+        for ep in table.coordinates()["ep"]
+    }
+    assert kept == {("power_law_1.2", 1), ("power_law_1.2", 8), ("balanced", 1)}
+    assert found.left_out == [
+        f"{SYSTEM}/moe/vllm/0.24.0/moe_perf.parquet: 1 rows, evenly loaded over several ranks: they contradict the "
+        "uneven ones"
+    ]
+
+
+def test_a_copy_of_another_systems_table_is_left_out(tmp_path):
+    rows = [GEMM, GEMM | {"m": 2, "latency": 0.0031}]
+    for system in ("a100_sxm", SYSTEM):
+        put(tmp_path, f"{system}/gemm/vllm/0.24.0/gemm_perf", *rows)
+    put(tmp_path, "h200_sxm/gemm/vllm/0.24.0/gemm_perf", GEMM, GEMM | {"m": 2, "latency": 0.0032})
+    found = import_profiles(tmp_path)
+    assert {table.device for tables in found.tables.values() for table in tables} == {"a100_sxm", "h200_sxm"}
+    assert found.left_out == [
+        f"{SYSTEM}/gemm/vllm/0.24.0/gemm_perf.parquet: its times are a copy of those of "
+        "a100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet"
+    ]
+
+
+def test_waiting_for_stragglers_is_no_part_of_an_exchange(tmp_path):
+    row = DEEPEP | {"dispatch_sms": 20, "dispatch_transmit_us": 37.0, "dispatch_notify_us": 1e6, "combine_sms": 24,
+                    "combine_transmit_us": 48.0, "combine_notify_us": 1e6}  # fmt: skip
+    put(tmp_path, f"{SYSTEM}/comm/sglang/1/wideep_deepep_normal_perf", row)
+    low = DEEPEP | {"op_name": "ll", "dispatch_avg_t_us": 16.0, "combine_avg_t_us": 12.0}
+    put(tmp_path, f"{SYSTEM}/comm/sglang/1/wideep_deepep_ll_perf", low)
+    found = import_profiles(tmp_path)
+    for name, want in (("normal", {"dispatch": (20, 37e-6), "combine": (24, 48e-6)}),
+                       ("ll", {"dispatch": (None, 16e-6), "combine": (None, 12e-6)})):  # fmt: skip
+        tables = found.tables[f"h100_sxm-sglang-1-wideep_deepep_{name}"]
+        for table in tables:
+            sms = table.coordinates().get("num_sms", [None])[0]
+            assert (sms, table.seconds_N[0]) == (want[table.op][0], pytest.approx(want[table.op][1]))
+            assert (table.facts["mode"], table.dtype) == (name, "bf16")
+        assert {table.op for table in tables} == set(want)
+
+
+def test_modules_and_unsound_tables_are_named_and_not_read(tmp_path):
+    put(tmp_path, f"{SYSTEM}/mla/vllm/1/mla_context_module_perf", {"op_name": "mla_context_module", "latency": 1.0})
+    put(tmp_path, "b200_sxm/attention/sglang/1/context_attention_perf", HEADS | {"isl": 64})
+    put(tmp_path, "b200_sxm/attention/sglang/1/generation_attention_perf", HEADS)
+    found = import_profiles(tmp_path)
+    assert list(found.tables) == ["b200_sxm-sglang-1-generation_attention"]
+    assert found.left_out == [
+        "b200_sxm/attention/sglang/1/context_attention_perf.parquet: long prefills beat the device's peak",
+        f"{SYSTEM}/mla/vllm/1/mla_context_module_perf.parquet: not one operator, or one that has no use here",
+    ]
+
+
+def test_attention_by_what_is_cached_before(tmp_path):
+    rows = [HEADS | {"isl": 64}, HEADS | {"isl": 128, "latency": 0.3}, HEADS | {"isl": 64, "step": 512, "latency": 9.0}]
+    put(tmp_path, f"{SYSTEM}/attention/vllm/1/context_attention_perf", *rows, rows[0] | {"window_size": 128})
+    rows = [HEADS | {"step": 63}, HEADS | {"isl": 2, "step": 126, "latency": 0.2}]
+    put(tmp_path, f"{SYSTEM}/attention/vllm/1/generation_attention_perf", *rows)
+    found = import_profiles(tmp_path)
+    prefill = {table.facts["window"]: table for table in found.tables["h100_sxm-vllm-1-context_attention"]}
+    assert prefill["0"].axes == ("batch_size", "num_heads", "head_dim", "num_kv_heads", "seq_len")
+    shape = (2, 32, 128, 8)
+    assert points_of(prefill["0"]) == pytest.approx({(*shape, 64): 1e-4, (*shape, 128): 3e-4})
+    assert points_of(prefill["128"]) == pytest.approx({(*shape, 64): 1e-4})
+    assert (prefill["0"].dtype, prefill["0"].facts["cache_dtype"]) == ("bf16", "fp8")
+    decode = only(found, "h100_sxm-vllm-1-generation_attention")
+    assert points_of(decode) == pytest.approx({(*shape, 64): 1e-4, (*shape, 128): 2e-4})
+    assert (decode.op, decode.dtype) == ("generation_attention", "fp8")
+    said = f"{SYSTEM}/attention/vllm/1/context_attention_perf.parquet: 1 rows, prefill after a cached prefix"
+    assert found.left_out == [said]
+
+
+def test_times_that_are_none_make_no_points(tmp_path):
+    bad = [GEMM | {"m": m, "latency": ms} for m, ms in ((2, 0.0), (3, -1.0), (4, float("nan")), (5, None), (0, 1.0))]
+    put(tmp_path, f"{SYSTEM}/gemm/vllm/0.24.0/gemm_perf", GEMM, *bad)
+    assert list(points_of(only(import_profiles(tmp_path), "h100_sxm-vllm-0.24.0-gemm"))) == [(1, 256, 512)]
+
+
+def test_broken_tables_of_others_are_named(tmp_path):
+    path = put(
+        tmp_path, f"{SYSTEM}/gemm/vllm/0.24.0/gemm_perf", {name: GEMM[name] for name in GEMM if name not in "mk"}
+    )
+    with pytest.raises(ValueError, match=f"{path}: columns m, k lack; the file has framework, "):
+        import_profiles(tmp_path)
+    path.write_bytes(b"PAR1 not whole")
+    with pytest.raises(ValueError, match=f"{path}: not a whole Parquet file .*; fetch it again"):
+        import_profiles(tmp_path)
+
+
+INFERSIM = {
+    "gemm/h20/data.csv": "m,k,n,latency_us,mfu\n16,7168,1536,16.5,0.01\n16,7168,1536,17.5,0.01\n",
+    "grouped_gemm/decode/h20/data.csv": (
+        "num_experts,num_gpus,num_local_experts,topk,hidden_size,intermediate_size,batch_size_per_gpu,"
+        "tokens_per_expert,up_proj_us,up_mfu,down_proj_us,down_mfu\n256,8,32,8,7168,2048,32,4,100.0,0.1,60.0,0.1\n"
+    ),
+    "mha/prefill/h20/32-8-128.csv": "dtype,seq_len,latency_us,mfu\nbf16,1024,90.0,0.6\n",
+    "mha/decode/h20/32-8-128.csv": (
+        "dtype,kv_dtype,batch_size,kv_len,latency_us,mfu\nbf16,bf16,1,1024,9.0,0.01\nbf16,fp8,4,1024,8.0,0.01\n"
+    ),
+    "mha/decode/h20/64-2-128.csv": "bf16,bf16,1,1024,25.4893,0.009\nbf16,bf16,1,4096,84.6816,0.011\n",
+    "mla/decode/h20/128-512-64.csv": "dtype,kv_dtype,batch_size,kv_len,latency_us,mfu\nbf16,bf16,2,1024,21.0,0.01\n",
+    "mla/prefill/h800/128-128-64.csv": "dtype,seq_len,latency_us,mfu\nbf16,1024,117.0,0.4\n",
+    "dsa/decode/h800/attn-128-576-2048.csv": "dtype,kv_dtype,batch_size,kv_len,latency_us,mfu\nbf16,fp8,64,1,9.5,0.1\n",
+    "gdn/prefill/h20/4-16-128-64-128.csv": "seq_len,conv\n4096,65\n",
+}
+
+
+def infersim(root, **changes):
+    for where, text in (INFERSIM | changes).items():
+        (root / where).parent.mkdir(parents=True, exist_ok=True)
+        (root / where).write_text(text)
+    return root
+
+
+def test_infersim(tmp_path):
+    found = import_profiles(infersim(tmp_path))
+    assert list(found.tables) == ["h20-infersim", "h800-infersim"]
+    said = {(table.op, table.dtype): (table, points_of(table)) for table in found.tables["h20-infersim"]}
+    assert len(said) == len(found.tables["h20-infersim"]) == 6
+    assert said["gemm", "fp8_block"][0].axes == ("m", "n", "k")  # theirs are m, k, n
+    assert said["gemm", "fp8_block"][1] == pytest.approx({(16, 1536, 7168): 17e-6})
+    table, points = said["grouped_gemm", "fp8_block"]
+    assert table.axes == ("num_experts", "m", "n", "k")
+    assert points == pytest.approx({(32, 4, 4096, 7168): 100e-6, (32, 4, 7168, 2048): 60e-6})
+    assert table.facts == {"backend": "infersim", "phase": "decode", "distribution": "balanced"}
+    table, points = said["context_attention", "bf16"]
+    assert table.axes == ("batch_size", "num_heads", "num_kv_heads", "head_dim", "seq_len")
+    assert points == pytest.approx({(1, 32, 8, 128, 1024): 90e-6})
+    # The second file has lost its head.
+    assert said["generation_attention", "bf16"][1] == pytest.approx(
+        {(1, 32, 8, 128, 1024): 9e-6, (1, 64, 2, 128, 1024): 25.4893e-6, (1, 64, 2, 128, 4096): 84.6816e-6}
+    )
+    assert said["generation_attention", "fp8"][1] == pytest.approx({(4, 32, 8, 128, 1024): 8e-6})  # the cache's format
+    table, points = said["generation_mla", "bf16"]
+    assert (table.axes, table.facts["head_dims"]) == (("batch_size", "num_heads", "kv_len"), "128-512-64")
+    assert points == pytest.approx({(2, 128, 1024): 21e-6})
+    assert only(found, "h800-infersim").op == "context_mla"
+    assert len(found.read) == 7
+    assert found.left_out == [
+        "dsa/decode/h800/attn-128-576-2048.csv: an operator that has no use here",
+        "gdn/prefill/h20/4-16-128-64-128.csv: an operator that has no use here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("where", "text", "said"),
+    [
+        ("gemm/h20/data.csv", "m,k,latency_us\n1,2,3.5\n", "line 2: column 'n' lacks; fetch the file again"),
+        ("gemm/h20/data.csv", "m,k,n,latency_us\n1,2,3,3.5\n1,2\n", "line 3: column 'n' lacks"),
+        ("gemm/h20/data.csv", "m,k,n,latency_us\n1,2,x,3.5\n", "line 2: could not convert string to float: 'x'"),
+        ("gemm/h20/data.csv", "m,k,n,latency_us\n1,2,3,0\n", "line 2: latency_us must be positive and finite, not 0"),
+        ("gemm/h20/data.csv", "m,k,n,latency_us\n1,-2,3,nan\n", "line 2: k must be positive and finite, not -2"),
+        ("mha/decode/h20/64-2-128.csv", "bf16,bf16,1,1024,oops,0.01\n", "line 1: could not convert"),
+        (
+            "mha/decode/h20/64-2.csv",
+            "dtype,kv_dtype\nbf16,bf16\n",
+            "line 2: the path must be mha/prefill|decode/DEVICE",
+        ),
+        ("mha/h20/64-2-128.csv", "dtype,kv_dtype\nbf16,bf16\n", "line 2: the path must be mha/prefill|decode/DEVICE/"),
+    ],
+)
+def test_broken_infersim_files_are_named(tmp_path, where, text, said):
+    with pytest.raises(ValueError, match="fetch the file again") as error:
+        import_profiles(infersim(tmp_path, **{where: text}))
+    assert str(error.value).startswith(f"{tmp_path / where}: {said}")
+
+
+# --- the command
+
+
+def moesim(*args):
+    done = subprocess.run(
+        [sys.executable, "-m", "moesim", *map(str, args)], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_import_command(tmp_path):
+    put(tmp_path / "a", f"{SYSTEM}/gemm/vllm/0.24.0/gemm_perf", GEMM, GEMM | {"m": 2})
+    put(
+        tmp_path / "a",
+        f"{SYSTEM}/mla/vllm/1/mla_context_module_perf",
+        {"op_name": "mla_context_module", "latency": 1.0},
+    )
+    put(tmp_path / "a", f"{SYSTEM}/comm/nccl/2/nccl_perf", NCCL | {"latency": 0.0})
+    out = tmp_path / "new" / "a"
+    done = moesim("profile", "import", tmp_path / "a", "-o", out)
+    assert done.returncode == 0
+    assert done.stdout == f"{out}/h100_sxm-vllm-0.24.0-gemm.parquet: 2 points in 1 tables of h100_sxm\n"
+    assert "read: h100_sxm/gemm/vllm/0.24.0/gemm_perf.parquet: 2 rows, 2 points in 1 tables\n" in done.stderr
+    assert "read: h100_sxm/comm/nccl/2/nccl_perf.parquet: 1 rows, 0 points in 0 tables\n" in done.stderr
+    assert "left out: h100_sxm/mla/vllm/1/mla_context_module_perf.parquet: not one operator" in done.stderr
+    profile = load_profile(out)
+    assert profile.seconds("gemm", "bf16", {"m": 2, "n": 256, "k": 512}).seconds[0] == pytest.approx(2e-6)
+    done = moesim("profile", "import", infersim(tmp_path / "b"), "-o", out, "--format", "infersim")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        f"{out}/h20-infersim.parquet: 9 points in 6 tables of h20",
+        f"{out}/h800-infersim.parquet: 1 points in 1 tables of h800",
+    ]
+    assert ("grouped_gemm", "fp8_block") in load_profile(out / "h20-infersim.parquet")
+
+
+def test_import_command_refuses(tmp_path):
+    put(tmp_path / "a", f"{SYSTEM}/gemm/vllm/0.24.0/gemm_perf", GEMM)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for args, said in (
+        ((tmp_path / "nowhere",), "nowhere: no such folder; give the one that holds the tables"),
+        (
+            (tmp_path / "empty",),
+            "empty: no SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet and no OPERATOR/[PHASE/]DEVICE/",
+        ),
+        ((tmp_path / "empty", "--format", "aiconfigurator"), "empty: no SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet"),
+        ((tmp_path / "a", "--format", "infersim"), "a: no OPERATOR/[PHASE/]DEVICE/FILE.csv"),
+        ((tmp_path / "a", "--format", "other"), "Invalid value for '--format'"),
+        (
+            (tmp_path / "a", "-o", tmp_path / "file"),
+            "file: cannot make the folder: File exists; choose a writable place",
+        ),
+    ):
+        done = moesim("profile", "import", "-o", tmp_path / "out", *args)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -140,7 +140,9 @@ def _header_mistakes(header: Any) -> list[str]:
             found.append(f"header: {name} must be a list of at least {least} names of columns; given {names!r}")
     if not found:
         used = Counter(["op", "dtype", *TIMES, *header["axes"], *header["facts"]])
-        found += [f"header: {name} is the name of two columns; rename the axis or fact" for name in used if used[name] > 1]
+        found += [
+            f"header: {name} is the name of two columns; rename the axis or fact" for name in used if used[name] > 1
+        ]
     said = header.get("provenance")
     if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
         found.append(f"header: provenance must be an object of strings; given {said!r}")
