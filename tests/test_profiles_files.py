@@ -152,7 +152,7 @@ def test_a_place_that_cannot_be_written_keeps_what_it_had(tmp_path, monkeypatch)
         with monkeypatch.context() as patch:
             if name == "full.parquet":
                 patch.setattr(pq, "write_table", half)
-            with pytest.raises(ValueError, match="cannot write the profile: .*choose a writable folder"):
+            with pytest.raises(ValueError, match=r"cannot write the profile: .*choose a writable folder"):
                 write_tables([made("gemm")], tmp_path / name)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -182,7 +182,7 @@ def broken(tmp_path, rows, header):
         (b"{", ["the schema metadata has no JSON object"]),
         (b"[1]", ["the schema metadata has no JSON object"]),
         ({"format": 2}, ["format must be 1; given 2; update moesim"]),
-        ({"format": None, "device": 7}, ["format must be 1; given None", "device must be the name of a device; given 7"]),
+        ({"format": None, "device": 7}, ["format must be 1; given None", "device must be the name of a device"]),
         ({"axes": []}, ["axes must be a list of at least 1 names of columns; given []"]),
         ({"axes": "size", "facts": [1]}, ["axes must be a list", "facts must be a list of at least 0 names"]),
         ({"facts": ["kernel", "size"]}, ["size is the name of two columns"]),
@@ -207,10 +207,10 @@ def with_column(rows, name, values, kind=None):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda rows: rows.drop_columns(["p50_s"]), "column p50_s must be there once; the file has op, dtype, kernel, "),
+        (lambda rows: rows.drop_columns(["p50_s"]), "column p50_s must be there once; the file has op, dtype"),
         (lambda rows: rows.append_column("size", rows["size"]), "column size must be there once"),
         (lambda rows: with_column(rows, "p50_s", [1, 2, 3, 4, 5]), "column p50_s must be double; given int64"),
-        (lambda rows: with_column(rows, "op", ["copy"] * 5), "column op must be dictionary<values=string, indices=int32"),
+        (lambda rows: with_column(rows, "op", ["copy"] * 5), "column op must be dictionary<values=string"),
         (lambda rows: with_column(rows, "p50_s", [1.0, None, 3.0, None, 5.0], pa.float64()),
          r"column p50_s: must not be null; fill it in \(2 rows\)"),
         (lambda rows: rows.set_column(0, "op", pa.array(["x", "x", "x", None, "x"]).dictionary_encode()),
@@ -253,7 +253,7 @@ def test_a_file_that_is_not_whole(tmp_path):
     whole = path.read_bytes()
     for damaged in (b"", b"op,dtype,size\n", whole[:-1], whole[: len(whole) // 2], whole[1:]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="(?s)not a whole Parquet file .*; write the profile again"):
+        with pytest.raises(ValueError, match=r"(?s)not a whole Parquet file .*; write the profile again"):
             read_tables(path)
 
 
@@ -304,7 +304,7 @@ SYSTEM = "h100_sxm"
 COMMON = {"framework": "VLLM", "version": "0.24.0", "device": "NVIDIA H100", "kernel_source": "default"}
 GEMM = {"op_name": "gemm", "gemm_dtype": "bfloat16", "m": 1, "n": 256, "k": 512, "latency": 0.002}
 MOE = {"op_name": "moe", "moe_dtype": "fp8_block", "num_tokens": 4, "hidden_size": 7168, "inter_size": 2048, "topk": 8,
-       "num_experts": 256, "moe_tp_size": 1, "moe_ep_size": 1, "distribution": "power_law_1.2", "latency": 0.5}  # fmt: skip
+       "num_experts": 256, "moe_tp_size": 1, "moe_ep_size": 1, "distribution": "power_law", "latency": 0.5}  # fmt: skip
 HEADS = {"op_name": "attention", "batch_size": 2, "num_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "isl": 1,
          "step": 0, "attn_dtype": "bfloat16", "kv_cache_dtype": "fp8", "window_size": 0, "latency": 0.1}  # fmt: skip
 NCCL = {"op_name": "all_gather", "nccl_dtype": "half", "num_gpus": 8, "message_size": 256, "latency": 0.01}
@@ -383,7 +383,7 @@ def test_even_loads_over_several_ranks_are_left_out(tmp_path):
         for table in found.tables["h100_sxm-vllm-0.24.0-moe"]
         for ep in table.coordinates()["ep"]
     }
-    assert kept == {("power_law_1.2", 1), ("power_law_1.2", 8), ("balanced", 1)}
+    assert kept == {("power_law", 1), ("power_law", 8), ("balanced", 1)}
     assert found.left_out == [
         f"{SYSTEM}/moe/vllm/0.24.0/moe_perf.parquet: 1 rows, evenly loaded over several ranks: they contradict the "
         "uneven ones"
