@@ -10,6 +10,7 @@ from zlib import crc32
 import numpy as np
 
 from moesim.costs import memory
+from moesim.costs.calibration import Calibration
 from moesim.costs.measured import MeasuredTables
 from moesim.hardware import Cluster
 from moesim.layout import Layout
@@ -24,6 +25,7 @@ class Scenario:
     """One model on one machine, laid out one way, under one load, with one set of policies.
 
     tables: measured kernels of the machine's device; where they do not reach, rooflines stand.
+    calibration: constants fitted to real runs, and how far predictions with them were off.
     plain: the scenario as plain data, as written in its file, for the record.
     """
 
@@ -35,6 +37,7 @@ class Scenario:
     trace: RoutingTrace
     policies: Policies = field(default_factory=Policies)
     tables: MeasuredTables = field(default_factory=MeasuredTables)
+    calibration: Calibration | None = None
     engine: str = "simulate"
     seed: int = 0
     plain: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +84,9 @@ class Scenario:
             found.append(
                 f"model: {self.model.name!r} is an encoder-decoder, which no step is lowered for yet; use a decoder"
             )
+        if self.calibration and self.calibration.needs_tables != bool(self.tables.tables):
+            wanted = "give those tables as the profile" if self.calibration.needs_tables else "leave the profile out"
+            found.append(f"calibration: fitted with kernels of {self.calibration.kernels!r}; {wanted}")
         if self.engine not in ("simulate", "estimate"):
             found.append(f'engine: must be "simulate" or "estimate", given {self.engine!r}')
         if found:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.costs import network
 from moesim.costs.operators import Operators, Timed
 from moesim.hardware import Cluster
 from moesim.model import BYTES_PER_PARAM, ModelSpec
@@ -97,8 +96,7 @@ class ExpertStore:
     def _fetch(self, pieces: _Pieces, name: str, expert: int) -> int:
         waits = () if self._last_copy is None else (self._last_copy,)
         num_bytes = float(self._bytes_E[expert])
-        copy = self._operators.network(network.copy_s(num_bytes, self._cluster, self._operators.bound))
-        copy += self._operators.launches(1.0, self._cluster.host_link.latency_s)
+        copy = self._operators.host_copy(num_bytes, self._cluster)
         self._last_copy = pieces.add(name, "h2d", copy, num_bytes, waits)
         return self._last_copy
 
