@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,16 +66,24 @@ class Scenario:
             device_expert_fraction=self.policies.device_expert_fraction,
         ) | {"capacity": self.cluster.device.memory.capacity_bytes}
 
-    def routing_warnings(self) -> list[str]:
-        """What the reader of a result should know about where its routing comes from."""
-        if self.trace.origin == "trained":
-            return []
+    def warnings(self) -> list[str]:
+        """What the reader of a result should know about where its routing and its tables come from."""
+        found = []
         if self.trace.origin == "counts":
-            return [
+            found.append(
                 "the routing is made from expert counts: the loads of the experts are the source's; which experts a "
                 "token has together, and what follows what, is chance"
-            ]
-        return [f"the routing is {self.trace.origin}, not that of a trained model"]
+            )
+        elif self.trace.origin != "trained":
+            found.append(f"the routing is {self.trace.origin}, not that of a trained model")
+        device = self.cluster.device.name
+        timed = {table.device for table in self.tables.tables}
+        found += [
+            f"the profile was measured on {other}, the machine has {device}: its kernels are priced as {other}'s"
+            for other in sorted(timed)
+            if not set(re.split("[-_]", other.lower())) <= set(re.split("[-_]", device.lower()))
+        ]
+        return found
 
     def mistakes(self) -> list[str]:
         """Every rule that the parts break together, one sentence each; an empty list for a sound scenario."""
