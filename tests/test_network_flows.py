@@ -170,8 +170,10 @@ def test_bad_fabrics_and_routes_are_told_in_one_sentence():
         Fabric(cluster, {"n9/nic0": 0.5})
     with pytest.raises(ValueError, match=r"must keep 0 to 1 of its bandwidth, given 1\.5"):
         Fabric(cluster, {"leaf0": 1.5})
-    with pytest.raises(ValueError, match="no rank 8; it has 0 to 7"):
-        Fabric(cluster).routes([0], [8])
+    with pytest.raises(ValueError, match="no rank 10; it has 0 to 7"):
+        Fabric(cluster).routes([0], [10])
+    with pytest.raises(ValueError, match=r"no switch joins the devices of node 0; take another way"):
+        Fabric(load_cluster("rtx-4090")).routes([0], [1])
     with pytest.raises(ValueError, match="no path from n0/gpu0 to n1/gpu0"):
         Fabric(cluster, {f"leaf{i}": 0.0 for i in range(4)}).routes([0], [4])
     graph = nx.Graph()

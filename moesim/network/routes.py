@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from zlib import crc32
@@ -82,6 +82,8 @@ class Fabric:
     cluster: Cluster
     slowed: dict[tuple[str, str] | str, float] = field(default_factory=dict)
     seed: int = 0
+    _known: dict[bytes, Routes] = field(default_factory=dict, repr=False)
+    _path_of: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         graph, said = self.cluster.topology, f"cluster {self.cluster.name!r}"
@@ -173,17 +175,42 @@ class Fabric:
             here, turn = there, turn // 7 + len(links)
         return links
 
-    def routes(self, source_F: Sequence[int] | Ints, target_F: Sequence[int] | Ints) -> Routes:
-        """Routes of flows between ranks.
+    def vertex(self, place: int) -> str:
+        """The vertex of a rank, 0 to R - 1, or of the switch of node n, R + n.
 
         Raises:
-            ValueError: a rank that the cluster has not, or two ranks without a path.
+            ValueError: the cluster has no such rank or node, or no vertex joins all devices of the node.
         """
-        num_ranks = self.cluster.num_ranks
-        for rank in {*map(int, source_F), *map(int, target_F)}:
-            if not 0 <= rank < num_ranks:
-                raise ValueError(f"cluster {self.cluster.name!r}: no rank {rank}; it has 0 to {num_ranks - 1}")
-        vertex = [self.cluster.vertex(rank) for rank in range(num_ranks)]
-        paths = [self.path(vertex[a], vertex[b]) for a, b in zip(source_F, target_F, strict=True)]
-        start_F = np.concatenate([[0], np.cumsum([len(path) for path in paths])]).astype(np.int64)
-        return Routes(start_F, np.array([link for path in paths for link in path], np.int64), len(self._links))
+        cluster = self.cluster
+        if 0 <= place < cluster.num_ranks:
+            return cluster.vertex(place)
+        node = place - cluster.num_ranks
+        if not 0 <= node < cluster.num_nodes:
+            raise ValueError(f"cluster {cluster.name!r}: no rank {place}; it has 0 to {cluster.num_ranks - 1}")
+        devices = [cluster.vertex(node * cluster.devices_per_node + i) for i in range(cluster.devices_per_node)]
+        joins = set.intersection(*(set(cluster.topology[device]) for device in devices))
+        switches: list[str] = [vertex for vertex in joins if "switch" in _kind(vertex)]
+        if not switches:
+            raise ValueError(f"cluster {cluster.name!r}: no switch joins the devices of node {node}; take another way")
+        return min(switches)
+
+    def routes(self, source_F: Sequence[int] | Ints, target_F: Sequence[int] | Ints) -> Routes:
+        """Routes of flows between ranks (or switches, see `vertex`); remembered.
+
+        Raises:
+            ValueError: a rank that the cluster has not, or two without a path.
+        """
+        source_F, target_F = np.asarray(source_F, np.int64), np.asarray(target_F, np.int64)
+        key = source_F.tobytes() + target_F.tobytes()
+        if key not in self._known:
+            vertex = {int(place): self.vertex(int(place)) for place in np.unique([source_F, target_F])}
+            ends = zip(source_F.tolist(), target_F.tolist(), strict=True)
+            paths = [self._path_of.get(pair) or self._keep(*pair, vertex) for pair in ends]
+            start_F = np.concatenate([[0], np.cumsum([len(path) for path in paths])]).astype(np.int64)
+            link_X = np.fromiter((link for path in paths for link in path), np.int64, int(start_F[-1]))
+            self._known[key] = Routes(start_F, link_X, len(self._links))
+        return self._known[key]
+
+    def _keep(self, a: int, b: int, vertex: Mapping[int, str]) -> tuple[int, ...]:
+        self._path_of[a, b] = tuple(self.path(vertex[a], vertex[b]))
+        return self._path_of[a, b]
