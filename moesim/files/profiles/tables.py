@@ -166,7 +166,7 @@ def _column_mistakes(rows: pa.Table, header: dict[str, Any]) -> list[str]:
 def _tables(rows: pa.Table, header: dict[str, Any], path: Path) -> list[MeasuredTable]:
     """One table for each combination of op, dtype, facts, and of which axes there are."""
     numbers = {name: _numbers(rows, name) for name in (*header["axes"], *TIMES)}
-    words = {name: rows[name].combine_chunks() for name in ("op", "dtype", *header["facts"])}
+    words = {name: rows[name].cast(pa.string()).combine_chunks() for name in ("op", "dtype", *header["facts"])}
     known = np.array([~np.isnan(numbers[name]) for name in (*header["axes"], "p20_s")])
     shape = pa.array(["".join("01"[int(here)] for here in column) for column in known.T])
     tables, mistakes = [], []
