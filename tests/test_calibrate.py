@@ -13,15 +13,16 @@ from conftest import small_cluster, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.calibrate.constants import CONSTANTS, NAMES, starting_values, with_measured_gap
+from moesim.calibrate.calibration import calibrate
 from moesim.calibrate.fit import fit_constants, group_weights
 from moesim.calibrate.folds import fit_runs, hold_out, quantiles, shuffled_folds
 from moesim.calibrate.measured import load_kernels
 from moesim.calibrate.parts import PARTS, Deployment, Roofline, Step, expected_distinct, iteration_parts
-from moesim.calibrate.profile import calibrate, load_profile, write_profile
 from moesim.calibrate.recipes import load_recipes, with_recipes
-from moesim.calibrate.serving import predict_tpot_s, price_runs, tokens_per_iteration
+from moesim.calibrate.serving import predict_tpot_s, predict_with, price_runs, tokens_per_iteration
 from moesim.cli import cli
+from moesim.costs.calibration import CONSTANTS, NAMES, starting_values, with_measured_gap
+from moesim.files.profiles.calibrated import load_calibration, write_calibration
 from moesim.files.runs import Run, read_runs
 from moesim.validate.cases import summary
 from moesim.validate.serving import plain_roofline, validate_serving
@@ -253,11 +254,11 @@ def test_two_groups_are_too_few_to_hold_out():
 def test_a_profile_is_kept_and_predicts_with_its_interval(tmp_path):
     priced = made_runs(spread=0.05)
     profile, _ = calibrate(priced, "roofline")
-    write_profile(profile, tmp_path / "p.toml")
-    again = load_profile(tmp_path / "p.toml")
+    write_calibration(profile, tmp_path / "p.toml")
+    again = load_calibration(tmp_path / "p.toml")
     assert again == profile
     assert [path.name for path in tmp_path.iterdir()] == ["p.toml"]
-    predicted, low, high = again.predict(priced)
+    predicted, low, high = predict_with(again, priced)
     assert np.allclose(predicted, predict_tpot_s(priced, fit_runs(priced)))
     assert np.allclose(low / predicted, profile.low_ratio) and np.allclose(high / predicted, profile.high_ratio)
     assert all(source.startswith("fitted: ") for source in profile.sources.values())
@@ -273,7 +274,7 @@ def test_few_groups_are_judged_by_configuration():
 
 def test_every_mistake_of_a_profile_is_told_at_once(tmp_path):
     path = tmp_path / "p.toml"
-    write_profile(calibrate(made_runs(), "roofline")[0], path)
+    write_calibration(calibrate(made_runs(), "roofline")[0], path)
     text = (
         path.read_text()
         .replace("format = 1", "format = 9")
@@ -281,7 +282,7 @@ def test_every_mistake_of_a_profile_is_told_at_once(tmp_path):
     )
     path.write_text(text)
     with pytest.raises(ValueError, match=r"(?s)format must be 1, not 9.*gemm_factor.*gem_factor is not known"):
-        load_profile(path)
+        load_calibration(path)
 
 
 def test_a_measured_gap_is_believed_more_than_the_start():
@@ -449,7 +450,7 @@ def test_calibrate_prints_and_writes_what_it_found(tmp_path):
     shape = json.loads(result.stdout)
     assert shape["facts"]["runs"] == 72 and len(shape["table"]) == 72
     assert set(shape["constants"]) == set(NAMES)
-    assert load_profile(out).values == {name: c["value"] for name, c in shape["constants"].items()}
+    assert load_calibration(out).values == {name: c["value"] for name, c in shape["constants"].items()}
     text = CliRunner().invoke(cli, ["calibrate", runs], catch_exceptions=False).stdout
     assert "iteration_overhead_s" in text and "held out by group" in text and "no run speaks of it" in text
 
@@ -473,7 +474,7 @@ def test_a_profile_predicts_other_groups_and_is_not_judged_on_its_own(tmp_path):
     mine = as_csv(tmp_path / "mine.csv", [run for run in timed if run.system != "b200_sxm"])
     every, profile = as_csv(tmp_path / "every.csv", timed), str(tmp_path / "p.toml")
     CliRunner().invoke(cli, ["calibrate", mine, "-o", profile], catch_exceptions=False)
-    told = ["validate", "serving", every, "--profile", profile, "--json"]
+    told = ["validate", "serving", every, "--calibration", profile, "--json"]
     shape = json.loads(CliRunner().invoke(cli, told, catch_exceptions=False).stdout)
     assert shape["rows"] == 12 and {row["group"] for row in shape["table"] if not row["fitted"]} == {
         "gpt-oss-120b b200_sxm trtllm"

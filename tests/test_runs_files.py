@@ -59,6 +59,15 @@ def test_a_table_says_the_same_as_parquet_and_as_csv(tmp_path):
     ]
 
 
+def test_a_folder_is_all_of_its_files(tmp_path):
+    with pytest.raises(ValueError, match=r"no \.parquet, \.csv, \.json or \.jsonl file of runs in it"):
+        read_runs(tmp_path)
+    pyarrow.csv.write_csv(table(DISAGGREGATED), tmp_path / "other.csv")
+    parquet(tmp_path, AGGREGATED)
+    (tmp_path / "PROVENANCE.md").write_text("from here and there")
+    assert sorted(run.name for run in read_runs(tmp_path)) == ["a", "b"]
+
+
 def test_a_version_in_csv_stays_a_word(tmp_path):
     pyarrow.csv.write_csv(table(AGGREGATED | {"id": "7", "backend_version": "0.8"}), tmp_path / "runs.csv")
     (run,) = read_runs(tmp_path / "runs.csv")
