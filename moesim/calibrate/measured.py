@@ -162,12 +162,12 @@ class Measured:
 
 def _cut(table: MeasuredTable, shape: Mapping[str, float]) -> MeasuredTable | None:
     """The table's rows of that very shape; None where it has none."""
-    if not shape:
-        return table
-    points = table.coordinates()
-    here_N = np.all([points[name] == value if name in points else False for name, value in shape.items()], axis=0)
-    if not here_N.any():
+    if not {*shape} <= {*table.axes}:
         return None
+    columns = [table.axes.index(name) for name in shape]
+    here_N = (table.points_ND[:, columns] == [*shape.values()]).all(axis=1)
+    if here_N.all() or not here_N.any():
+        return table if here_N.any() else None
     return MeasuredTable(
         table.op, table.dtype, table.device, table.axes, table.points_ND[here_N], table.seconds_N[here_N],
         facts=table.facts,

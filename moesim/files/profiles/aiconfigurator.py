@@ -203,7 +203,7 @@ def _tables(rows: pa.Table, layout: Layout, path: Path) -> list[MeasuredTable]:
     }
     tables = []
     for facts, which in split({name: column.filter(pa.array(usable)) for name, column in words.items()}):
-        op, dtype = facts.pop("op_name"), facts.pop("dtype", "bfloat16")
+        op, dtype = facts.pop("op_name", ""), facts.pop("dtype", "bfloat16")
         if "cache_dtype" in facts:
             facts["cache_dtype"] = DTYPES.get(facts["cache_dtype"], facts["cache_dtype"])
         facts = {"backend": backend, "version": version, **facts}

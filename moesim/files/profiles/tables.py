@@ -168,11 +168,11 @@ def _tables(rows: pa.Table, header: dict[str, Any], path: Path) -> list[Measured
     numbers = {name: _numbers(rows, name) for name in (*header["axes"], *TIMES)}
     words = {name: rows[name].cast(pa.string()).combine_chunks() for name in ("op", "dtype", *header["facts"])}
     known = np.array([~np.isnan(numbers[name]) for name in (*header["axes"], "p20_s")])
-    shape = pa.array(["".join("01"[int(here)] for here in column) for column in known.T])
+    shape = pa.array((2 ** np.arange(len(known)) @ known).astype(str))
     tables, mistakes = [], []
     for said, which in split({**words, " shape": shape}):
-        axes = tuple(name for name, here in zip(header["axes"], said.pop(" shape"), strict=False) if here == "1")
-        op, dtype = said.pop("op"), said.pop("dtype")
+        axes = tuple(name for name in header["axes"] if not np.isnan(numbers[name][which[0]]))
+        op, dtype, _ = (said.pop(name, "") for name in ("op", "dtype", " shape"))
         low, middle, high = (numbers[name][which] for name in TIMES)
         points = np.stack([numbers[name][which] for name in axes], axis=1) if axes else np.empty((len(which), 0))
         spread = not (np.isnan(low).all() and np.isnan(high).all())
@@ -195,4 +195,3 @@ def _some(which: NDArray[np.int64]) -> str:
 
 def _numbers(rows: pa.Table, name: str) -> NDArray[np.float64]:
     return np.asarray(rows[name].to_numpy(), np.float64)
-
