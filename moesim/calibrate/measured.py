@@ -17,10 +17,11 @@ import numpy as np
 
 from moesim.calibrate.parts import Deployment, Kernels, Roofline, Step
 from moesim.costs.measured import MeasuredTable, MeasuredTables
+from moesim.costs.operators import attention_coordinates
 from moesim.files.profiles import tables_of_device
 from moesim.files.runs import Run
 from moesim.hardware import Cluster
-from moesim.mixers import Attention, LatentAttention, Mixer
+from moesim.mixers import Attention, Mixer
 from moesim.model import Experts
 
 BACKENDS = ("trtllm", "vllm", "sglang")
@@ -73,9 +74,7 @@ class Measured:
     def _roofline(self) -> Roofline:
         return Roofline(self.cluster)
 
-    def _find(
-        self, op: str, dtypes: tuple[str, ...], shape: Mapping[str, float], **facts: str
-    ) -> MeasuredTable | None:
+    def _find(self, op: str, dtypes: tuple[str, ...], shape: Mapping[str, float], **facts: str) -> MeasuredTable | None:
         """Rows of that very shape: those of the table that has most of them, of the first backend and version."""
         key = op, dtypes, *shape.values(), *facts.values()
         if key not in self._found:
@@ -105,20 +104,18 @@ class Measured:
     def attention_s(self, mixer: Mixer, step: Step, deployment: Deployment) -> float:
         """Measured attention of that batch and context, but no less than the roofline of all its queries."""
         roofline_s = self._roofline.attention_s(mixer, step, deployment)
-        if not isinstance(mixer, Attention | LatentAttention):
+        phase, tokens = ("prefill", step.tokens) if step.is_prefill else ("decode", step.requests * step.context)
+        asked = attention_coordinates(mixer, phase, np.array(step.requests), np.array(tokens), deployment.tp)
+        if asked is None:
             return roofline_s
-        cache_dtype = deployment.kv_dtype
-        phase, dtype = ("context", "bf16") if step.is_prefill else ("generation", cache_dtype)
-        shape, facts = {"num_heads": float(mixer.num_heads // deployment.tp)}, {"cache_dtype": cache_dtype}
-        if isinstance(mixer, Attention):
-            shape |= {"num_kv_heads": max(mixer.num_kv_heads // deployment.tp, 1.0), "head_dim": float(mixer.head_dim)}
-            facts["window"] = str(mixer.window or 0)
-        op = f"{phase}_{'mla' if isinstance(mixer, LatentAttention) else 'attention'}"
-        table = self._find(op, (dtype,), shape, **facts)
+        shape = {name: float(np.asarray(value)) for name, value in asked[1].items()}
+        size = {name: shape.pop(name) for name in ("batch_size", "seq_len", "kv_len") if name in shape}
+        facts = {"window": str(mixer.window or 0)} if isinstance(mixer, Attention) else {}
+        dtype = "bf16" if step.is_prefill else deployment.kv_dtype
+        table = self._find(asked[0], (dtype,), shape, cache_dtype=deployment.kv_dtype, **facts)
         if table is None:
             return roofline_s
-        length = {"seq_len": step.tokens / step.requests} if step.is_prefill else {"kv_len": step.context}
-        measured_s = self._seconds(table, shape, batch_size=step.requests, **length)
+        measured_s = self._seconds(table, shape, **size)
         return max(measured_s, roofline_s)  # measured with one query to a request; with drafts there are more
 
     def experts_s(self, experts: Experts, tokens: float, deployment: Deployment) -> float:

@@ -19,7 +19,7 @@ import click
 def import_command(directory: Path, out: Path, format_name: str | None) -> None:
     """Import the measured tables under DIRECTORY, one Parquet file for each source table.
 
-    aiconfigurator: SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet. infersim: OPERATOR/[PHASE/]DEVICE/FILE.csv.
+    aiconfigurator: [data/]SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet. infersim: OPERATOR/[PHASE/]DEVICE/FILE.csv.
     """
     from moesim.files.profiles import import_profiles
     from moesim.files.profiles.tables import write_tables

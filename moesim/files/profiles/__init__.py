@@ -38,5 +38,5 @@ def tables_of_device(path: Path, device: str, names: tuple[str, ...] = ()) -> Me
         imported = import_aiconfigurator(path, (device,), names).tables.values()
         found = MeasuredTables([table for tables in imported for table in tables])
     if not found.tables:
-        raise ValueError(f"{path}: no measured table of {device} in it; give one that has some, or leave out those runs")
+        raise ValueError(f"{path}: no measured table of {device} in it; give a folder that has one")
     return found
