@@ -421,7 +421,8 @@ def test_profiles_that_were_imported_give_the_same_kernels(kernels, tmp_path):
     out = tmp_path / "profiles"
     for folder in (kernels, kernels / "data"):
         told = CliRunner().invoke(cli, ["profile", "import", str(folder), "-o", str(out)], catch_exceptions=False)
-        assert told.exit_code == 0 and len(told.stdout.splitlines()) == 7 == len([*out.iterdir()])
+        assert told.exit_code == 0 and len(told.stdout.splitlines()) == 7 == len([*out.glob("*/*/*.parquet")])
+    assert (out / "h200_sxm" / "vllm-0.9" / "gemm.parquet").is_file()
     cluster = small_cluster(nodes=2)
     wide = Deployment(small_model(), cluster, 8, 1, 8, 1, "bf16")
     one, (mine, theirs) = deployment(), (h200(load_kernels(path), "vllm", cluster) for path in (out, kernels))

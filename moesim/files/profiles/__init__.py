@@ -32,11 +32,11 @@ def tables_of_device(path: Path, device: str, names: tuple[str, ...] = ()) -> Me
     Raises:
         ValueError: there are none of that device, or a file has mistakes.
     """
-    if path.is_file() or any(path.glob("*.parquet")):
-        found = load_profile(path, device)
-    else:
+    if any(files_of_systems(path)):
         imported = import_aiconfigurator(path, (device,), names).tables.values()
         found = MeasuredTables([table for tables in imported for table in tables])
+    else:
+        found = load_profile(path, device)
     if not found.tables:
         raise ValueError(f"{path}: no measured table of {device} in it; give a folder that has one")
     return found

@@ -127,7 +127,7 @@ def import_aiconfigurator(directory: Path, systems: tuple[str, ...] = (), names:
             continue
         kept = _kept(rows, path.stem, where, found)
         tables = [table for layout in LAYOUTS[path.stem] for table in _tables(kept, layout, path)]
-        found.tables["-".join((system, backend, version, path.stem.removesuffix("_perf")))] = tables
+        found.tables[f"{system}/{backend}-{version}/{path.stem.removesuffix('_perf')}"] = tables
         points = sum(len(table.seconds_N) for table in tables)
         found.read.append(f"{where}: {rows.num_rows} rows, {points} points in {len(tables)} tables")
     return found

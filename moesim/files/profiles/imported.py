@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class Imported:
-    """Tables by the name of the file that they go into; lines on what was read, and on what was not and why."""
+    """Tables by the path of their file, without its suffix; lines on what was read, and on what was not and why."""
 
     tables: dict[str, list[MeasuredTable]] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)

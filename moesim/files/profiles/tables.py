@@ -108,14 +108,14 @@ def _header(schema: pa.Schema) -> Any:
 
 
 def load_profile(path: str | os.PathLike[str], device: str | None = None) -> MeasuredTables:
-    """All tables of a profile, or those of one device of it: one file, or the .parquet files of a folder.
+    """All tables of a profile, or those of one device of it: one file, or the .parquet files anywhere in a folder.
 
     Raises:
         ValueError: there is no such file or folder, none in it, they are of several devices and none was asked for, or
             one has mistakes.
     """
     path = Path(path)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path}: no .parquet file in it; make a profile with `moesim profile`")
     tables = [table for file in files for table in read_tables(file, device)]
