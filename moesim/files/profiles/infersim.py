@@ -89,7 +89,7 @@ def import_infersim(directory: Path) -> Imported:
                 ) from error
         found.read.append(f"{where.as_posix()}: {len(rows)} rows")
     for device, given in entries.items():
-        found.tables[f"{device}-infersim"] = _tables(device, given)
+        found.tables[f"{device}/infersim"] = _tables(device, given)
     return found
 
 
