@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from moesim.cli import cli
 from moesim.files.runs import read_runs
-from moesim.files.runs_kernels import _version
 from moesim.files.runs_profiler import covered, kernel_class, read_profile
 
 QUICKSTART = str(Path(__file__).parents[1] / "studies" / "quickstart.toml")
@@ -282,9 +281,3 @@ def test_kernels_of_experts_are_no_plain_products(name):
 def test_covered_is_the_union(pieces):
     cells = {cell for start, dur in pieces for cell in range(start, start + dur)}
     assert covered([(float(start), float(start + dur)) for start, dur in pieces]) == len(cells)
-
-
-def test_versions_are_ordered_as_numbers():
-    versions = ["1.3.0", "1.3.0rc20", "0.5.6.post2", "0.5.14", "0.5.6", "1.3.0rc10", "0.24.0"]
-    ordered = ["0.5.6", "0.5.6.post2", "0.5.14", "0.24.0", "1.3.0rc10", "1.3.0rc20"]
-    assert [v for v in sorted(versions, key=_version) if v != "1.3.0"] == ordered

@@ -32,7 +32,9 @@ def _facts(items: tuple[str, ...]) -> dict[str, Any]:
     type=click.Path(path_type=Path),
     help="Calibration to write (.toml), for scenarios.",
 )
-@click.option("--kernels", type=click.Path(path_type=Path), help="Folder of measured kernel tables (aiconfigurator's).")
+@click.option(
+    "--kernels", type=click.Path(path_type=Path), help="Measured tables: aiconfigurator's folder, or profiles of ours."
+)
 @click.option("--recipes", type=click.Path(path_type=Path), help="Instead of the packaged recipes.")
 @click.option(
     "--trace", type=click.Path(path_type=Path), help="torch profiler trace: its gaps are the host's overhead."
