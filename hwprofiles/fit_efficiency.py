@@ -2,118 +2,99 @@
 
     python fit_efficiency.py DATA_DIR
 
-DATA_DIR holds NVIDIA aiconfigurator's tables (Apache-2.0) as SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet, latencies
-in milliseconds. An efficiency is what a roofline lacks, so only rows far inside one side of the roofline count: large
-shapes for compute, weights far larger than a cache for memory, large messages for the network. The value is the
-median over rows of achieved over peak, low and high are its 5th and 95th percentiles.
+DATA_DIR holds NVIDIA aiconfigurator's tables (Apache-2.0), as `moesim profile import` takes them. An efficiency is what
+a roofline lacks, so only rows far inside one side of the roofline count: large shapes for compute, weights far larger
+than a cache for memory, large messages for the network. The value is the median over rows of achieved over peak, low
+and high are its 5th and 95th percentiles.
 """
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from moesim.costs.measured import MeasuredTable
+from moesim.costs.work import Coordinates, weight_bytes, work
 from moesim.files.hardware import load_cluster
+from moesim.files.profiles import tables_of_device
 from moesim.hardware import Cluster
 
 SYSTEMS = {"a100_sxm": "dgx-a100", "h100_sxm": "hgx-h100", "h200_sxm": "hgx-h200", "b200_sxm": "hgx-b200"}
-FORMATS = {"bfloat16": "bf16", "fp8": "fp8", "fp8_block": "fp8"}
-UNSOUND = ("b200_sxm/attention/sglang",)
-"""Tables left out: most of their long prefills are faster than the peak of the device."""
-GEMM_SHAPE = ("gemm_dtype", "m", "n", "k")
+PEAKS = {"bf16": "bf16", "fp8": "fp8", "fp8_block": "fp8"}
+"""Formats of the tables that count -> whose peak they are held against."""
+Floats = NDArray[np.float64]
 
 
-def read(directory: Path, family: str, table: str, shape: tuple[str, ...]) -> pa.Table:
-    """The table's fastest row for each shape over back ends and kernels (attention without a window)."""
-    found = sorted(directory.glob(f"{family}/*/*/{table}.parquet"))
-    found = [path for path in found if not any(folder in path.as_posix() for folder in UNSOUND)]
-    if not found:
-        raise ValueError(f"{directory}: no {family}/*/*/{table}.parquet; give the folder that holds the systems")
-    parts = [pq.read_table(path) for path in found]
-    parts = [
-        part.filter(pc.field("window_size") == 0) if "window_size" in part.column_names else part for part in parts
-    ]
-    whole = [part for part in parts if {*shape} <= {*part.column_names}]
-    rows = pa.concat_tables([part.select([*shape, "latency"]) for part in whole], promote_options="permissive")
-    best = rows.group_by(list(shape)).aggregate([("latency", "min")])
-    return best.rename_columns([name.removesuffix("_min") for name in best.column_names])
+def fastest(
+    tables: Sequence[MeasuredTable], op: str, dtypes: Sequence[str], **facts: str
+) -> Iterator[tuple[str, Coordinates, Floats]]:
+    """For each format: coordinates of an operator's points, and their seconds on the fastest back end and kernel."""
+    for dtype in dtypes:
+        found = [t for t in tables if (t.op, t.dtype) == (op, dtype) and facts.items() <= dict(t.facts).items()]
+        if found:
+            points_ND, which = np.unique(np.concatenate([t.points_ND for t in found]), axis=0, return_inverse=True)
+            best_N = np.full(len(points_ND), np.inf)
+            np.minimum.at(best_N, which.ravel(), np.concatenate([t.seconds_N for t in found]))
+            yield dtype, dict(zip(found[0].axes, points_ND.T, strict=True)), best_N
 
 
-def column(table: pa.Table, name: str) -> NDArray[np.float64]:
-    """A numeric column."""
-    return np.asarray(table[name].to_numpy(), dtype=np.float64)
-
-
-def peaks(cluster: Cluster, formats: list[str]) -> NDArray[np.float64]:
-    """Peak of each row's format; NaN where it has none, so that the row drops out."""
-    flops = cluster.device.flops_per_s
-    return np.array([flops.get(FORMATS.get(name, ""), np.nan) for name in formats])
-
-
-def gemm(directory: Path, cluster: Cluster) -> tuple[NDArray[np.float64], str]:
+def gemm(tables: Sequence[MeasuredTable], cluster: Cluster) -> tuple[Floats, str]:
     """Every side is at least 2048."""
-    table = read(directory, "gemm", "gemm_perf", GEMM_SHAPE)
-    m, n, k = (column(table, name) for name in "mnk")
-    ratio = 2 * m * n * k / (column(table, "latency") * 1e-3) / peaks(cluster, table["gemm_dtype"].to_pylist())
-    return ratio[np.minimum(np.minimum(m, n), k) >= 2048], "bf16 and fp8 GEMMs with all sides >= 2048"
+    ratios = []
+    for dtype, x, seconds_N in fastest(tables, "gemm", tuple(PEAKS)):
+        ratio = work("gemm", dtype, x)[0] / seconds_N / cluster.device.flops_per_s.get(PEAKS[dtype], np.nan)
+        ratios.append(ratio[np.minimum(np.minimum(x["m"], x["n"]), x["k"]) >= 2048])
+    return np.concatenate(ratios), "bf16 and fp8 GEMMs with all sides >= 2048"
 
 
-def grouped_gemm(directory: Path, cluster: Cluster) -> tuple[NDArray[np.float64], str]:
+def grouped_gemm(tables: Sequence[MeasuredTable], cluster: Cluster) -> tuple[Floats, str]:
     """Three matrices per expert, evenly loaded, at least 256 tokens for each expert, on one GPU."""
-    names = "num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"
-    table = read(directory, "moe", "moe_perf", (*names, "moe_dtype", "distribution"))
-    tokens, hidden, inter, top_k, experts, tp, ep = (column(table, name) for name in names)
-    flop = 6 * tokens * top_k * hidden * inter / tp
-    ratio = flop / (column(table, "latency") * 1e-3) / peaks(cluster, table["moe_dtype"].to_pylist())
-    even = np.array(table["distribution"].to_pylist()) == "balanced"
-    keep = even & (ep == 1) & (tokens * top_k / experts >= 256) & (hidden >= 2048) & (inter / tp >= 512)
-    return ratio[keep], "bf16 and fp8 MoE layers on one GPU, balanced, >= 256 tokens per expert"
+    ratios = []
+    for dtype, x, seconds_N in fastest(tables, "moe", tuple(PEAKS), distribution="balanced"):
+        ratio = work("moe", dtype, x)[0] / seconds_N / cluster.device.flops_per_s.get(PEAKS[dtype], np.nan)
+        busy = (x["ep"] == 1) & (x["num_tokens"] * x["top_k"] / x["num_experts"] >= 256)
+        ratios.append(ratio[busy & (x["hidden_size"] >= 2048) & (x["inter_size"] / x["tp"] >= 512)])
+    return np.concatenate(ratios), "bf16 and fp8 MoE layers on one GPU, balanced, >= 256 tokens per expert"
 
 
-def attention(directory: Path, cluster: Cluster) -> tuple[NDArray[np.float64], str]:
+def attention(tables: Sequence[MeasuredTable], cluster: Cluster) -> tuple[Floats, str]:
     """Causal prefill of at least 4096 tokens, in bf16, without a window."""
-    names = "batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim"
-    table = read(directory, "attention", "context_attention_perf", (*names, "attn_dtype"))
-    batch, length, heads, _, dim = (column(table, name) for name in names)
-    flop = 2 * batch * length**2 * heads * dim
-    ratio = flop / (column(table, "latency") * 1e-3) / cluster.device.flops_per_s["bf16"]
-    plain = np.array(table["attn_dtype"].to_pylist()) == "bfloat16"
-    keep = plain & (length >= 4096) & (heads * batch >= 32) & (dim == 128)
+    ((_, x, seconds_N),) = fastest(tables, "context_attention", ("bf16",), window="0")
+    ratio = work("context_attention", "bf16", x)[0] / seconds_N / cluster.device.flops_per_s["bf16"]
+    keep = (x["seq_len"] >= 4096) & (x["num_heads"] * x["batch_size"] >= 32) & (x["head_dim"] == 128)
     return ratio[keep], "causal bf16 prefill of >= 4096 tokens, head_dim 128"
 
 
-def memory(directory: Path, cluster: Cluster) -> tuple[NDArray[np.float64], str]:
+def memory(tables: Sequence[MeasuredTable], cluster: Cluster) -> tuple[Floats, str]:
     """GEMMs of at most 16 rows whose weights are at least 256 MB."""
-    table = read(directory, "gemm", "gemm_perf", GEMM_SHAPE)
-    m, n, k = (column(table, name) for name in "mnk")
-    width = np.array([{"bfloat16": 2.0, "fp8": 1.0}.get(name, np.nan) for name in table["gemm_dtype"].to_pylist()])
-    ratio = width * n * k / (column(table, "latency") * 1e-3) / cluster.device.memory.bytes_per_s
-    return ratio[(m <= 16) & (width * n * k >= 256e6)], "bf16 and fp8 GEMMs of <= 16 rows with >= 256 MB of weights"
+    ratios = []
+    for dtype, x, seconds_N in fastest(tables, "gemm", ("bf16", "fp8")):
+        num_bytes = weight_bytes(dtype) * x["n"] * x["k"]
+        ratio = num_bytes / seconds_N / cluster.device.memory.bytes_per_s
+        ratios.append(ratio[(x["m"] <= 16) & (num_bytes >= 256e6)])
+    return np.concatenate(ratios), "bf16 and fp8 GEMMs of <= 16 rows with >= 256 MB of weights"
 
 
-def network(directory: Path, cluster: Cluster) -> tuple[NDArray[np.float64], str]:
+def network(tables: Sequence[MeasuredTable], cluster: Cluster) -> tuple[Floats, str]:
     """Bus bandwidth of NCCL over all eight GPUs, 64 MB and more; all-reduce is left out: switches may add up."""
-    found = sorted(directory.glob("comm/nccl/*/nccl_perf.parquet"))
-    table = pq.read_table(found[-1])
-    size, gpus = 2 * column(table, "message_size"), column(table, "num_gpus")
-    ratio = (gpus - 1) / gpus * size / (column(table, "latency") * 1e-3) / cluster.scale_up.bytes_per_s
-    kind = np.isin(table["op_name"].to_pylist(), ["all_gather", "reduce_scatter", "alltoall"])
-    half = np.array(table["nccl_dtype"].to_pylist()) == "half"
+    ratios = []
+    for op in ("all_gather", "reduce_scatter", "all_to_all"):
+        for dtype, x, seconds_N in fastest(tables, op, ("fp16",), backend="nccl"):
+            ratio = work(op, dtype, x)[1] / seconds_N / cluster.scale_up.bytes_per_s
+            ratios.append(ratio[(x["num_gpus"] == 8) & (x["message_bytes"] >= 64e6)])
     rows = "NCCL all-gather, reduce-scatter, all-to-all of >= 64 MB over eight GPUs, bus bandwidth"
-    return ratio[kind & half & (gpus == 8) & (size >= 64e6)], rows
+    return np.concatenate(ratios), rows
 
 
 def main(data: Path) -> None:
     """Print the fitted lines of every system."""
     for system, name in SYSTEMS.items():
-        cluster = load_cluster(name)
+        cluster, tables = load_cluster(name), tables_of_device(data, system).tables
         print(f"# {cluster.device.name}")
         for fit in (gemm, grouped_gemm, attention, memory, network):
-            ratio, rows = fit(data / system, cluster)
+            ratio, rows = fit(tables, cluster)
             ratio = ratio[np.isfinite(ratio)]
             if ratio.size == 0:
                 print(f"# {fit.__name__}: no rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from zlib import crc32
 import numpy as np
 
 from moesim.costs import memory
+from moesim.costs.calibration import Calibration
 from moesim.costs.measured import MeasuredTables
 from moesim.hardware import Cluster
 from moesim.layout import Layout
@@ -24,6 +26,7 @@ class Scenario:
     """One model on one machine, laid out one way, under one load, with one set of policies.
 
     tables: measured kernels of the machine's device; where they do not reach, rooflines stand.
+    calibration: constants fitted to real runs, and how far predictions with them were off.
     plain: the scenario as plain data, as written in its file, for the record.
     """
 
@@ -35,6 +38,7 @@ class Scenario:
     trace: RoutingTrace
     policies: Policies = field(default_factory=Policies)
     tables: MeasuredTables = field(default_factory=MeasuredTables)
+    calibration: Calibration | None = None
     engine: str = "simulate"
     seed: int = 0
     plain: Mapping[str, Any] = field(default_factory=dict)
@@ -62,16 +66,24 @@ class Scenario:
             device_expert_fraction=self.policies.device_expert_fraction,
         ) | {"capacity": self.cluster.device.memory.capacity_bytes}
 
-    def routing_warnings(self) -> list[str]:
-        """What the reader of a result should know about where its routing comes from."""
-        if self.trace.origin == "trained":
-            return []
+    def warnings(self) -> list[str]:
+        """What the reader of a result should know about where its routing and its tables come from."""
+        found = []
         if self.trace.origin == "counts":
-            return [
+            found.append(
                 "the routing is made from expert counts: the loads of the experts are the source's; which experts a "
                 "token has together, and what follows what, is chance"
-            ]
-        return [f"the routing is {self.trace.origin}, not that of a trained model"]
+            )
+        elif self.trace.origin != "trained":
+            found.append(f"the routing is {self.trace.origin}, not that of a trained model")
+        device = self.cluster.device.name
+        timed = {table.device for table in self.tables.tables}
+        found += [
+            f"the profile was measured on {other}, the machine has {device}: its kernels are priced as {other}'s"
+            for other in sorted(timed)
+            if not set(re.split("[-_]", other.lower())) <= set(re.split("[-_]", device.lower()))
+        ]
+        return found
 
     def mistakes(self) -> list[str]:
         """Every rule that the parts break together, one sentence each; an empty list for a sound scenario."""
@@ -81,6 +93,9 @@ class Scenario:
             found.append(
                 f"model: {self.model.name!r} is an encoder-decoder, which no step is lowered for yet; use a decoder"
             )
+        if self.calibration and self.calibration.needs_tables != bool(self.tables.tables):
+            wanted = "give those tables as the profile" if self.calibration.needs_tables else "leave the profile out"
+            found.append(f"calibration: fitted with kernels of {self.calibration.kernels!r}; {wanted}")
         if self.engine not in ("simulate", "estimate"):
             found.append(f'engine: must be "simulate" or "estimate", given {self.engine!r}')
         if found:

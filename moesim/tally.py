@@ -128,7 +128,7 @@ class Tally:
             load_LR=() if self._load_LR is None else tuple(tuple(map(int, row)) for row in self._load_LR),
             step_s=tuple(decode),
             records=tuple(self._records),
-            warnings=tuple(s.routing_warnings() + it.replay.repeats(num_requests, w.prompt_tokens, w.output_tokens)),
+            warnings=tuple(s.warnings() + it.replay.repeats(num_requests, w.prompt_tokens, w.output_tokens)),
         )
 
 

@@ -12,6 +12,9 @@ from moesim.results import Result
 from moesim.scenario import Scenario
 from moesim.simulate import simulate
 
+DECODING = ("tpot_s", "output_tokens_per_s", "output_tokens_per_s_per_device")
+"""Metrics that a calibration was fitted on."""
+
 ENGINES: dict[str, Callable[..., Result]] = {"estimate": estimate, "simulate": simulate}
 
 
@@ -21,7 +24,10 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> list[Scenario]:
 
 
 def run(scenario: Scenario, engine: str | None = None, timeline: int = 0) -> Result:
-    """Run a scenario three times, at the value and at both ends of its believed efficiencies.
+    """Run a scenario at the value, and at both ends of its believed efficiencies.
+
+    With a calibration, what its residuals say of decoding is the interval of the metrics of decoding, and the least
+    width of the others.
 
     Args:
         engine: "simulate" or "estimate"; None takes the scenario's own.
@@ -33,9 +39,15 @@ def run(scenario: Scenario, engine: str | None = None, timeline: int = 0) -> Res
     engine = engine or scenario.engine
     middle = ENGINES[engine](scenario, "value", timeline)
     low, high = (ENGINES[engine](scenario, bound).metrics for bound in ("low", "high"))
-    intervals = {
-        name: (min(low[name], high[name], value), max(low[name], high[name], value))
-        for name, value in middle.metrics.items()
-        if not low[name] == high[name] == value
-    }
+    intervals = {}
+    for name, value in middle.metrics.items():
+        if low[name] == high[name] == value:
+            continue
+        ends = min(low[name], high[name], value), max(low[name], high[name], value)
+        known, is_rate = scenario.calibration, "_per_s" in name
+        if known is not None and (is_rate or name.endswith("_s")):
+            ratios = (1 / known.high_ratio, 1 / known.low_ratio) if is_rate else (known.low_ratio, known.high_ratio)
+            own = value * ratios[0], value * ratios[1]
+            ends = own if name in DECODING else (min(ends[0], own[0]), max(ends[1], own[1]))
+        intervals[name] = ends
     return dataclasses.replace(middle, intervals=intervals)

@@ -21,6 +21,8 @@ from moesim.files.models import load_model
 from moesim.files.scenarios import load_trace
 from moesim.files.traces import read_trace, write_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
+from moesim.network.fair import fair_rates
+from moesim.network.routes import Fabric
 from moesim.policies.placement import Contiguous
 from moesim.routing.counting import Counter
 from moesim.routing.generator import Shape, fit_generator
@@ -95,6 +97,19 @@ def opening() -> dict[str, tuple[float, str]]:
     return figures
 
 
+def fair_shares() -> dict[str, tuple[float, str]]:
+    """Max-min fair rates of a flow between each two ranks of a switch of 72, and of a fat tree of 256 NICs."""
+    figures = {}
+    for key, machine in (("nvl72", "gb200-nvl72"), ("fat_tree_256", "32 x hgx-h100")):
+        fabric = Fabric(load_cluster(machine))
+        ends = np.argwhere(~np.eye(fabric.cluster.num_ranks, dtype=bool))
+        routes = fabric.routes(ends[:, 0], ends[:, 1])
+        fair_rates(routes, fabric.bytes_per_s_K)  # compile
+        taken = [seconds(lambda r=routes, f=fabric: fair_rates(r, f.bytes_per_s_K)) for _ in range(20)]
+        figures[f"max_min_{key}_ms"] = (1e3 * statistics.median(taken), "ms")
+    return figures
+
+
 def main() -> None:
     """Measure, print, write."""
     figures: dict[str, tuple[float, str]] = {}
@@ -119,6 +134,7 @@ def main() -> None:
     figures["bench_peak_memory_gb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "GB")
     figures.update(pool_and_sampling(trace))
     figures.update(opening())
+    figures.update(fair_shares())
 
     python = [sys.executable, "-c"]
     empty = statistics.median(seconds(lambda: subprocess.run([*python, ""], check=True)) for _ in range(ROUNDS))

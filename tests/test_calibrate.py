@@ -13,15 +13,16 @@ from conftest import small_cluster, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.calibrate.constants import CONSTANTS, NAMES, starting_values, with_measured_gap
+from moesim.calibrate.calibration import calibrate
 from moesim.calibrate.fit import fit_constants, group_weights
 from moesim.calibrate.folds import fit_runs, hold_out, quantiles, shuffled_folds
-from moesim.calibrate.measured import load_kernels
+from moesim.calibrate.measured import _version, load_kernels
 from moesim.calibrate.parts import PARTS, Deployment, Roofline, Step, expected_distinct, iteration_parts
-from moesim.calibrate.profile import calibrate, load_profile, write_profile
 from moesim.calibrate.recipes import load_recipes, with_recipes
-from moesim.calibrate.serving import predict_tpot_s, price_runs, tokens_per_iteration
+from moesim.calibrate.serving import predict_tpot_s, predict_with, price_runs, tokens_per_iteration
 from moesim.cli import cli
+from moesim.costs.calibration import CONSTANTS, NAMES, starting_values, with_measured_gap
+from moesim.files.profiles.calibrated import load_calibration, write_calibration
 from moesim.files.runs import Run, read_runs
 from moesim.validate.cases import summary
 from moesim.validate.serving import plain_roofline, validate_serving
@@ -253,11 +254,11 @@ def test_two_groups_are_too_few_to_hold_out():
 def test_a_profile_is_kept_and_predicts_with_its_interval(tmp_path):
     priced = made_runs(spread=0.05)
     profile, _ = calibrate(priced, "roofline")
-    write_profile(profile, tmp_path / "p.toml")
-    again = load_profile(tmp_path / "p.toml")
+    write_calibration(profile, tmp_path / "p.toml")
+    again = load_calibration(tmp_path / "p.toml")
     assert again == profile
     assert [path.name for path in tmp_path.iterdir()] == ["p.toml"]
-    predicted, low, high = again.predict(priced)
+    predicted, low, high = predict_with(again, priced)
     assert np.allclose(predicted, predict_tpot_s(priced, fit_runs(priced)))
     assert np.allclose(low / predicted, profile.low_ratio) and np.allclose(high / predicted, profile.high_ratio)
     assert all(source.startswith("fitted: ") for source in profile.sources.values())
@@ -273,7 +274,7 @@ def test_few_groups_are_judged_by_configuration():
 
 def test_every_mistake_of_a_profile_is_told_at_once(tmp_path):
     path = tmp_path / "p.toml"
-    write_profile(calibrate(made_runs(), "roofline")[0], path)
+    write_calibration(calibrate(made_runs(), "roofline")[0], path)
     text = (
         path.read_text()
         .replace("format = 1", "format = 9")
@@ -281,7 +282,7 @@ def test_every_mistake_of_a_profile_is_told_at_once(tmp_path):
     )
     path.write_text(text)
     with pytest.raises(ValueError, match=r"(?s)format must be 1, not 9.*gemm_factor.*gem_factor is not known"):
-        load_profile(path)
+        load_calibration(path)
 
 
 def test_a_measured_gap_is_believed_more_than_the_start():
@@ -332,7 +333,18 @@ def test_mistakes_of_recipes_are_told_at_once(tmp_path):
 
 def write_table(folder, name, **columns):
     folder.mkdir(parents=True, exist_ok=True)
+    rows = len(next(iter(columns.values())))
+    columns = {"device": ["x"] * rows, "op_name": [name.removesuffix("_perf")] * rows} | columns
     pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+
+
+MOE = {"hidden_size": 128, "inter_size": 64, "topk": 2, "num_experts": 8, "moe_tp_size": 1, "moe_ep_size": 1}
+
+
+def moe_rows(milliseconds, **more):
+    """Two rows of experts of `small_model`, or of others."""
+    shape = {name: [value] * 2 for name, value in (MOE | {"distribution": "power_law_1.01"} | more).items()}
+    return {"moe_dtype": ["bfloat16"] * 2, "num_tokens": [1, 16], **shape, "latency": milliseconds}
 
 
 @pytest.fixture
@@ -346,29 +358,97 @@ def kernels(tmp_path):
     write_table(root / "gemm" / "vllm" / "0.9", "gemm_perf", **old)
     write_table(
         root / "comm" / "vllm" / "1.0", "custom_allreduce_perf", kernel_source=["x_graph", "x_graph", "x_eager"],
-        num_gpus=[2, 2, 2], message_size=[1024, 4096, 1024], latency=[0.004, 0.006, 0.020],
+        allreduce_dtype=["bfloat16"] * 3, op_name=["all_reduce"] * 3, num_gpus=[2, 2, 2],
+        message_size=[1024, 4096, 1024], latency=[0.004, 0.006, 0.020],
     )  # fmt: skip
-    exchange = {f"{name}_us": [10.0, 20.0] for name in
-                ("dispatch_transmit", "dispatch_notify", "combine_transmit", "combine_notify")}  # fmt: skip
     shape = {"num_token": [1, 16], "hidden_size": [128] * 2, "num_topk": [2] * 2, "num_experts": [8] * 2}
     for version, nodes in (("0.9", 2), ("1.0", 1)):
-        place = root / "comm" / "sglang" / version
-        more = {"node_num": [nodes] * 2, "dispatch_sms": [20] * 2}
-        write_table(place, "wideep_deepep_normal_perf", **shape, **more, **exchange)
+        times = {f"{name}_transmit_us": [10.0, 20.0] for name in ("dispatch", "combine")}
+        times |= {f"{name}_notify_us": [500.0, 900.0] for name in ("dispatch", "combine")}
+        sms = {"dispatch_sms": [20] * 2, "combine_sms": [20] * 2, "node_num": [nodes] * 2, "op_name": ["normal"] * 2}
+        write_table(root / "comm" / "sglang" / version, "wideep_deepep_normal_perf", **shape, **sms, **times)
     return tmp_path
 
 
-def test_an_exchange_comes_from_the_newest_version_with_that_many_nodes(kernels):
+def h200(make, backend="vllm", cluster=None):
+    run = dataclasses.replace(made_runs().runs[-1], system="h200_sxm", backend=backend)
+    return make(cluster or small_cluster(), run)
+
+
+def test_an_exchange_comes_from_the_newest_version_with_that_many_nodes_without_waiting_for_the_late(kernels):
     cluster = small_cluster(nodes=2)
-    run = dataclasses.replace(made_runs().runs[-1], system="h200_sxm", backend="trtllm")
-    made, wide = load_kernels(kernels)(cluster, run), Deployment(small_model(), cluster, 8, 1, 8, 1, "bf16")
-    assert made.exchange_s(wide.model.experts, 1.0, wide) == (pytest.approx(40e-6), 0.0)
-    assert 40e-6 < made.exchange_s(wide.model.experts, 4.0, wide)[0] < 80e-6
+    made, wide = h200(load_kernels(kernels), "trtllm", cluster), Deployment(small_model(), cluster, 8, 1, 8, 1, "bf16")
+    ffn, start_s = wide.model.experts, Roofline(cluster).exchange_s(small_model().experts, 1.0, wide)[1]
+    assert made.exchange_s(ffn, 1.0, wide) == (pytest.approx(20e-6), start_s)
+    assert 20e-6 < made.exchange_s(ffn, 4.0, wide)[0] < 40e-6
+
+
+def test_experts_are_of_the_models_own_shape_the_runs_backend_first_and_skewed_before_even(kernels):
+    root, one = kernels / "data" / "h200_sxm" / "moe", deployment()
+
+    def seconds(backend):
+        return h200(load_kernels(kernels), backend).experts_s(one.model.experts, 16.0, one)
+
+    write_table(root / "sglang" / "1.0", "moe_perf", **moe_rows([0.1, 0.5]))
+    write_table(root / "vllm" / "1.0", "moe_perf", **moe_rows([0.1, 0.7], distribution="balanced"))
+    assert seconds("sglang") == seconds("vllm") == pytest.approx(5e-4)
+    write_table(root / "vllm" / "2.0", "moe_perf", **moe_rows([0.1, 0.2], inter_size=96))
+    assert seconds("vllm") == pytest.approx(5e-4)
+    write_table(root / "vllm" / "1.5", "moe_perf", **moe_rows([0.1, 0.3]))
+    assert seconds("vllm") == pytest.approx(3e-4) and seconds("sglang") == pytest.approx(5e-4)
+
+
+def test_attention_is_of_the_models_own_heads_and_window_and_never_below_the_roofline(kernels):
+    shape = {"num_heads": 8, "num_key_value_heads": 8, "head_dim": 16, "kv_cache_dtype": "bfloat16", "isl": 1}
+    rows = {name: [value] * 6 for name, value in shape.items()} | {"batch_size": [1, 1, 8, 8, 8, 8]}
+    rows |= {"num_heads": [8] * 4 + [4] * 2, "step": [63, 1023] * 3, "latency": [1.0, 2.0, 3.0, 4.0, 90.0, 90.0]}
+    place = kernels / "data" / "h200_sxm" / "attention" / "vllm" / "1.0"
+    write_table(place, "generation_attention_perf", **rows)
+    made, one = h200(load_kernels(kernels)), deployment()
+    mixer = one.model.layers[0].mixer
+    assert made.attention_s(mixer, Step(8.0, 8.0, 1024.0), one) == pytest.approx(4e-3)
+    assert made.attention_s(mixer, Step(1.0, 1.0, 64.0), one) == pytest.approx(1e-3)
+    many = Step(8e6, 8.0, 1024.0)
+    assert made.attention_s(mixer, many, one) == Roofline(small_cluster()).attention_s(mixer, many, one) > 4e-3
+    windowed = dataclasses.replace(mixer, window=128)
+    step = Step(8.0, 8.0, 1024.0)
+    assert made.attention_s(windowed, step, one) == Roofline(small_cluster()).attention_s(windowed, step, one)
+
+
+def test_profiles_that_were_imported_give_the_same_kernels(kernels, tmp_path):
+    write_table(kernels / "data" / "a100_sxm" / "moe" / "vllm" / "1.0", "moe_perf", **moe_rows([0.1, 0.5]))
+    write_table(kernels / "data" / "h200_sxm" / "moe" / "vllm" / "1.0", "moe_perf", **moe_rows([0.1, 0.3]))
+    out = tmp_path / "profiles"
+    for folder in (kernels, kernels / "data"):
+        told = CliRunner().invoke(cli, ["profile", "import", str(folder), "-o", str(out)], catch_exceptions=False)
+        assert told.exit_code == 0 and len(told.stdout.splitlines()) == 7 == len([*out.glob("*/*/*.parquet")])
+    assert (out / "h200_sxm" / "vllm-0.9" / "gemm.parquet").is_file()
+    cluster = small_cluster(nodes=2)
+    wide = Deployment(small_model(), cluster, 8, 1, 8, 1, "bf16")
+    one, (mine, theirs) = deployment(), (h200(load_kernels(path), "vllm", cluster) for path in (out, kernels))
+    for made in (mine, theirs):
+        assert made.experts_s(one.model.experts, 16.0, one) == pytest.approx(3e-4)
+    assert mine.gemm_s(4, 64, 64, "bf16") == theirs.gemm_s(4, 64, 64, "bf16")
+    assert mine.allreduce_s(5000.0, 2) == theirs.allreduce_s(5000.0, 2)
+    assert mine.exchange_s(wide.model.experts, 4.0, wide) == theirs.exchange_s(wide.model.experts, 4.0, wide)
+    with pytest.raises(ValueError, match="no measured table of b200_sxm"):
+        load_kernels(out)(small_cluster(), made_runs().runs[-1])
+
+
+def test_a_copy_of_another_systems_table_is_left_out_even_where_that_system_was_not_asked_for(kernels):
+    data = kernels / "data"
+    place = data / "h100_sxm" / "comm" / "sglang" / "0.9"
+    place.mkdir(parents=True)
+    copied = data / "h200_sxm" / "comm" / "sglang" / "0.9" / "wideep_deepep_normal_perf.parquet"
+    (place / copied.name).write_bytes(copied.read_bytes())
+    cluster = small_cluster(nodes=2)
+    wide = Deployment(small_model(), cluster, 8, 1, 8, 1, "bf16")
+    made, plain = h200(load_kernels(kernels), "sglang", cluster), Roofline(cluster)
+    assert made.exchange_s(wide.model.experts, 4.0, wide) == plain.exchange_s(wide.model.experts, 4.0, wide)
 
 
 def test_measured_kernels_are_read_from_the_newest_version_and_interpolated(kernels):
-    run = made_runs().runs[-1]
-    made = load_kernels(kernels)(small_cluster(), dataclasses.replace(run, system="h200_sxm", backend="vllm"))
+    made = h200(load_kernels(kernels))
     assert made.gemm_s(1, 64, 64, "bf16") == pytest.approx(1e-6)
     assert made.gemm_s(16, 512, 512, "bf16") == pytest.approx(32e-6)
     assert 1e-6 < made.gemm_s(4, 64, 64, "bf16") < 4e-6
@@ -376,15 +456,13 @@ def test_measured_kernels_are_read_from_the_newest_version_and_interpolated(kern
 
 
 def test_one_system_of_one_node_and_of_two_has_two_networks(kernels):
-    run = dataclasses.replace(made_runs().runs[-1], system="h200_sxm", backend="vllm")
     make, two = load_kernels(kernels), small_cluster(nodes=2)
-    assert make(small_cluster(), run).allreduce_s(1e6, 4) == Roofline(small_cluster()).allreduce_s(1e6, 4)
-    assert make(two, run).allreduce_s(1e6, 8) == Roofline(two).allreduce_s(1e6, 8)
+    assert h200(make).allreduce_s(1e6, 4) == Roofline(small_cluster()).allreduce_s(1e6, 4)
+    assert h200(make, cluster=two).allreduce_s(1e6, 8) == Roofline(two).allreduce_s(1e6, 8)
 
 
 def test_what_no_table_holds_is_the_roofline(kernels):
-    run = dataclasses.replace(made_runs().runs[-1], system="h200_sxm", backend="vllm")
-    made, plain = load_kernels(kernels)(small_cluster(), run), Roofline(small_cluster())
+    made, plain = h200(load_kernels(kernels)), Roofline(small_cluster())
     step = Step(4.0, 4.0, 100.0)
     one = deployment()
     assert made.gemm_s(8, 64, 64, "fp8") == plain.gemm_s(8, 64, 64, "fp8")
@@ -395,9 +473,15 @@ def test_what_no_table_holds_is_the_roofline(kernels):
     assert made.allreduce_s(1e6, 4) == plain.allreduce_s(1e6, 4)
 
 
-def test_a_folder_without_tables_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="give kernel tables"):
-        load_kernels(tmp_path)
+def test_a_folder_without_tables_of_a_system_is_refused(kernels):
+    with pytest.raises(ValueError, match=r"TABLE.parquet of b200_sxm.*give the folder of systems"):
+        load_kernels(kernels)(small_cluster(), made_runs().runs[-1])
+
+
+def test_versions_are_ordered_as_numbers():
+    versions = ["1.3.0", "1.3.0rc20", "0.5.6.post2", "0.5.14", "0.5.6", "1.3.0rc10", "0.24.0"]
+    ordered = ["0.5.6", "0.5.6.post2", "0.5.14", "0.24.0", "1.3.0rc10", "1.3.0rc20"]
+    assert [v for v in sorted(versions, key=_version) if v != "1.3.0"] == ordered
 
 
 # Runs that cannot be priced
@@ -449,15 +533,25 @@ def test_calibrate_prints_and_writes_what_it_found(tmp_path):
     shape = json.loads(result.stdout)
     assert shape["facts"]["runs"] == 72 and len(shape["table"]) == 72
     assert set(shape["constants"]) == set(NAMES)
-    assert load_profile(out).values == {name: c["value"] for name, c in shape["constants"].items()}
+    assert load_calibration(out).values == {name: c["value"] for name, c in shape["constants"].items()}
     text = CliRunner().invoke(cli, ["calibrate", runs], catch_exceptions=False).stdout
     assert "iteration_overhead_s" in text and "held out by group" in text and "no run speaks of it" in text
 
 
-def test_validate_serving_skips_what_is_not_there(tmp_path):
-    result = CliRunner().invoke(cli, ["validate", "serving", str(tmp_path / "none.parquet")], catch_exceptions=False)
-    assert result.exit_code == 0
-    assert "skipped" in result.stdout and "no such file" in result.stderr
+@pytest.mark.parametrize(
+    ("name", "more", "give"),
+    [("serving", [], "table of serving runs"), ("serving", ["--kernels"], "measured kernel tables"),
+     ("kernels", [], "folder that holds the systems")],
+)  # fmt: skip
+def test_a_validation_without_its_data_is_skipped_in_one_line(tmp_path, name, more, give):
+    here, absent = str(tmp_path), str(tmp_path / "none")
+    asked = ["validate", name, *([here, *more, absent] if more else [absent])]
+    said = CliRunner().invoke(cli, asked, catch_exceptions=False)
+    assert (said.exit_code, said.stderr) == (0, "")
+    assert said.stdout.startswith(f"skipped: {absent} is not there; give ") and give in said.stdout
+    assert said.stdout.count("\n") == 1
+    told = json.loads(CliRunner().invoke(cli, [*asked, "--json"], catch_exceptions=False).stdout)
+    assert told == {"name": name, "skipped": said.stdout.removeprefix("skipped: ").strip()}
 
 
 def test_validate_serving_prints_groups_and_facts(tmp_path):
@@ -473,7 +567,7 @@ def test_a_profile_predicts_other_groups_and_is_not_judged_on_its_own(tmp_path):
     mine = as_csv(tmp_path / "mine.csv", [run for run in timed if run.system != "b200_sxm"])
     every, profile = as_csv(tmp_path / "every.csv", timed), str(tmp_path / "p.toml")
     CliRunner().invoke(cli, ["calibrate", mine, "-o", profile], catch_exceptions=False)
-    told = ["validate", "serving", every, "--profile", profile, "--json"]
+    told = ["validate", "serving", every, "--calibration", profile, "--json"]
     shape = json.loads(CliRunner().invoke(cli, told, catch_exceptions=False).stdout)
     assert shape["rows"] == 12 and {row["group"] for row in shape["table"] if not row["fitted"]} == {
         "gpt-oss-120b b200_sxm trtllm"

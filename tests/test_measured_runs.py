@@ -105,6 +105,14 @@ def test_offloaded_experts_are_measured_too():
     assert plain.provenance["measured_fraction"] == 0 < measured.provenance["measured_fraction"]
 
 
+def test_tables_of_another_device_are_warned_of():
+    base, _, offloaded = load(QUICKSTART)
+    tables = MeasuredTables([replace(table, device="h100_sxm") for table in made_tables()])
+    assert not any("profile" in said for said in run(replace(base, tables=tables), "estimate").warnings)
+    told = run(replace(offloaded, tables=tables), "estimate").warnings
+    assert any("measured on h100_sxm, the machine has rtx-4090" in said for said in told)
+
+
 def test_outside_of_what_was_measured_is_fitted_not_measured():
     device = load_cluster("hgx-h100").device
     table = made_table("gemm", {"m": (1.0, 2.0, 4.0, 8.0), "n": (256.0, 512.0), "k": (256.0, 512.0)})

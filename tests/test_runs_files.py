@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from moesim.cli import cli
 from moesim.files.runs import read_runs
-from moesim.files.runs_kernels import _version
 from moesim.files.runs_profiler import covered, kernel_class, read_profile
 
 QUICKSTART = str(Path(__file__).parents[1] / "studies" / "quickstart.toml")
@@ -57,6 +56,15 @@ def test_a_table_says_the_same_as_parquet_and_as_csv(tmp_path):
     assert [(r.name, r.tp, r.dp, r.tpot_s, r.measured_on[:10]) for r in from_csv] == [
         (r.name, r.tp, r.dp, r.tpot_s, r.measured_on) for r in runs
     ]
+
+
+def test_a_folder_is_all_of_its_files(tmp_path):
+    with pytest.raises(ValueError, match=r"no \.parquet, \.csv, \.json or \.jsonl file of runs in it"):
+        read_runs(tmp_path)
+    pyarrow.csv.write_csv(table(DISAGGREGATED), tmp_path / "other.csv")
+    parquet(tmp_path, AGGREGATED)
+    (tmp_path / "PROVENANCE.md").write_text("from here and there")
+    assert sorted(run.name for run in read_runs(tmp_path)) == ["a", "b"]
 
 
 def test_a_version_in_csv_stays_a_word(tmp_path):
@@ -273,9 +281,3 @@ def test_kernels_of_experts_are_no_plain_products(name):
 def test_covered_is_the_union(pieces):
     cells = {cell for start, dur in pieces for cell in range(start, start + dur)}
     assert covered([(float(start), float(start + dur)) for start, dur in pieces]) == len(cells)
-
-
-def test_versions_are_ordered_as_numbers():
-    versions = ["1.3.0", "1.3.0rc20", "0.5.6.post2", "0.5.14", "0.5.6", "1.3.0rc10", "0.24.0"]
-    ordered = ["0.5.6", "0.5.6.post2", "0.5.14", "0.24.0", "1.3.0rc10", "1.3.0rc20"]
-    assert [v for v in sorted(versions, key=_version) if v != "1.3.0"] == ordered

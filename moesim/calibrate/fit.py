@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moesim.calibrate.constants import Constant, Floats
+from moesim.costs.calibration import Constant, Floats
 
 HUBER = 0.1
 """Log errors beyond which a run pulls with constant force."""

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.calibrate.constants import CONSTANTS, Constant, Floats
 from moesim.calibrate.fit import fit_constants, group_weights
 from moesim.calibrate.serving import Priced, predict_tpot_s
-
-LEVEL = 0.9
+from moesim.costs.calibration import CONSTANTS, LEVEL, Constant, Floats
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,203 +1,177 @@
 """Kernels from measured tables where they hold the shape, from the roofline elsewhere.
 
-Tables are asked in the order: the run's own backend, then others on the same system, since some kernels are shared.
-Between and beyond measured sizes, `moesim.costs.measured` says how long.
+Tables are asked in the order: the run's own backend, then others on the same system, since some kernels are shared; the
+newest version first. Of a table, only the rows at the model's own widths and the run's own cut count. Between and
+beyond measured sizes, `moesim.costs.measured` says how long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from moesim.calibrate.parts import Deployment, Kernels, Roofline, Step
-from moesim.costs.measured import MeasuredTable
+from moesim.costs.measured import MeasuredTable, MeasuredTables
+from moesim.costs.operators import attention_coordinates
+from moesim.files.profiles import tables_of_device
 from moesim.files.runs import Run
-from moesim.files.runs_kernels import Conditions, Floats, kernel_root, kernel_rows, kernel_words
 from moesim.hardware import Cluster
-from moesim.mixers import Attention, LatentAttention, Mixer
+from moesim.mixers import Attention, Mixer
 from moesim.model import Experts
 
 BACKENDS = ("trtllm", "vllm", "sglang")
 DISTRIBUTIONS = ("power_law_1.01", "balanced")
-"""Skew of the measured routing: real routers are skewed, and balanced rows of spread experts do not fit the others."""
+"""Skew of the measured routing: real routers are skewed."""
 EXCHANGE_SMS = 20
 """Streaming multiprocessors of an exchange: DeepEP's default, and the one size that all tables hold."""
-_DTYPES = {"bf16": "bfloat16", "fp8": "fp8", "fp8_block": "fp8_block"}
-_EXPERT_DTYPES = {
-    "bf16": ("bfloat16",), "fp8": ("fp8",), "fp8_block": ("fp8_block",), "nvfp4": ("nvfp4",),
-    "mxfp4": ("w4a8_mxfp4_mxfp8", "w4a16_mxfp4"),
-}  # fmt: skip
+MXFP4 = ("w4a8_mxfp4_mxfp8", "w4a16_mxfp4")
+"""Formats of tables whose experts are in MXFP4: activations of eight bits, where the device has them, or of sixteen."""
+_NAMES = ("gemm_perf", "moe_perf", "context_attention_perf", "generation_attention_perf", "context_mla_perf",
+          "generation_mla_perf", "custom_allreduce_perf", "wideep_deepep_normal_perf")  # fmt: skip
 
 
 def load_kernels(path: str | Path) -> Callable[[Cluster, Run], Kernels]:
-    """Kernels for runs, from tables in aiconfigurator's layout.
+    """Kernels for runs, from aiconfigurator's folder or profiles of ours; a system's tables are read when a run asks.
 
-    Raises:
-        ValueError: no tables there.
+    What is returned raises ValueError where there are no tables of a run's system.
     """
-    root = kernel_root(path)
+
+    @cache
+    def tables(system: str) -> MeasuredTables:
+        found = tables_of_device(Path(path), system, _NAMES).tables
+        return MeasuredTables([table for table in found if "eager" not in table.facts.get("kernel", "")])
+
     made: dict[tuple[str, str, int], Kernels] = {}
 
     def make(cluster: Cluster, run: Run) -> Kernels:
         key = run.system, run.backend, cluster.num_nodes
-        return made.setdefault(key, Measured(cluster, root, run.system, run.backend))
+        if key not in made:
+            made[key] = Measured(cluster, tables(run.system), run.backend)
+        return made[key]
 
     return make
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Kernels of one system and backend. Source: NVIDIA aiconfigurator's tables (one kernel at a time, warm)."""
+    """Kernels of one system and backend; tables of kernels launched one by one (eager) are left out before.
+
+    Decoding runs captured graphs. Source of the tables: NVIDIA aiconfigurator (one kernel at a time, warm).
+    """
 
     cluster: Cluster
-    root: Path
-    system: str
+    tables: MeasuredTables
     backend: str
-    _tables: dict[tuple[str, str, Conditions], MeasuredTable] = field(default_factory=dict, compare=False, repr=False)
-    _known: dict[tuple[object, ...], float] = field(default_factory=dict, compare=False, repr=False)
+    _found: dict[object, MeasuredTable | None] = field(default_factory=dict, compare=False, repr=False)
+    _known: dict[object, float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def _roofline(self) -> Roofline:
         return Roofline(self.cluster)
 
-    def _backends(self) -> tuple[str, ...]:
-        return (self.backend, *(name for name in BACKENDS if name != self.backend))
+    def _find(self, op: str, dtypes: tuple[str, ...], shape: Mapping[str, float], **facts: str) -> MeasuredTable | None:
+        """Rows of that very shape: those of the table that has most of them, of the first backend and version."""
+        key = op, dtypes, *shape.values(), *facts.values()
+        if key not in self._found:
+            cuts = [_cut(table, shape) for table in self.tables.tables if table.op == op]
+            fitting = MeasuredTables([table for table in cuts if table is not None])
+            versions = sorted({table.facts.get("version", "") for table in fitting.tables}, key=_version, reverse=True)
+            asked = sorted(product(dtypes, BACKENDS), key=lambda pair: pair[1] != self.backend)
+            found = (
+                fitting.find(op, dtype, backend=backend, version=version, **facts)
+                for (dtype, backend), version in product(asked, versions)
+            )
+            self._found[key] = next((table for table in found if table is not None), None)
+        return self._found[key]
 
-    def _rows(
-        self, family: str, table: str, conditions: Conditions, columns: tuple[str, ...]
-    ) -> tuple[Floats, ...] | None:
-        for backend in self._backends():
-            rows = kernel_rows(self.root, self.system, family, backend, table, conditions, columns)
-            if rows is not None:
-                return rows
-        return None
-
-    def _once(self, key: tuple[object, ...], price: Callable[[], float]) -> float:
+    def _seconds(self, table: MeasuredTable, shape: Mapping[str, float], **size: float) -> float:
         """Many runs ask for the same kernel."""
+        key = id(table), *shape.values(), *size.values()
         if key not in self._known:
-            self._known[key] = price()
+            self._known[key] = float(table.seconds({**shape, **size}).seconds[0])
         return self._known[key]
-
-    def _seconds(
-        self,
-        op: str,
-        dtype: str,
-        conditions: Conditions,
-        points: Mapping[str, Floats],
-        seconds_N: Floats,
-        **where: float,
-    ) -> float:
-        """Seconds at one point of a table; of several measurements of a point, the geometric mean counts.
-
-        where: a coordinate of each axis; axes that `points` lacks are the same in the whole table.
-        """
-        key = op, dtype, conditions
-        if key not in self._tables:
-            columns = [points.get(name, np.full(len(seconds_N), value)) for name, value in where.items()]
-            points_ND, index_N = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
-            mean_N = np.bincount(index_N.ravel(), np.log(seconds_N)) / np.bincount(index_N.ravel())
-            self._tables[key] = MeasuredTable(op, dtype, self.system, tuple(where), points_ND, np.exp(mean_N))
-        asked = (key, *where.values())
-        return self._once(asked, lambda: float(self._tables[key].seconds(where).seconds[0]))
 
     def gemm_s(self, m: float, n: float, k: float, dtype: str) -> float:
         """Measured product."""
-        conditions: Conditions = (("gemm_dtype", _DTYPES.get(dtype, dtype)),)
-        rows = self._rows("gemm", "gemm_perf", conditions, ("m", "n", "k"))
-        if rows is None:
-            return self._roofline.gemm_s(m, n, k, dtype)
-        points = dict(zip("mnk", rows[:3], strict=True))
-        return self._seconds("gemm", dtype, conditions, points, rows[3], m=m, n=n, k=k)
+        table = self._find("gemm", (dtype,), {})
+        return self._seconds(table, {}, m=m, n=n, k=k) if table else self._roofline.gemm_s(m, n, k, dtype)
 
     def attention_s(self, mixer: Mixer, step: Step, deployment: Deployment) -> float:
         """Measured attention of that batch and context, but no less than the roofline of all its queries."""
         roofline_s = self._roofline.attention_s(mixer, step, deployment)
-        phase = "context" if step.is_prefill else "generation"
-        heads = mixer.num_heads // deployment.tp if isinstance(mixer, Attention | LatentAttention) else 0
-        conditions: Conditions = (
-            ("num_heads", heads), ("kv_cache_dtype", _DTYPES.get(deployment.kv_dtype, deployment.kv_dtype))
-        )  # fmt: skip
-        shape = {"num_heads": float(heads)}
-        if isinstance(mixer, LatentAttention):
-            family, name = "mla", f"{phase}_mla"
-        elif isinstance(mixer, Attention):
-            family, name = "attention", f"{phase}_attention"
-            kv_heads = max(mixer.num_kv_heads // deployment.tp, 1)
-            conditions += (
-                ("num_key_value_heads", kv_heads), ("head_dim", mixer.head_dim), ("window_size", mixer.window or 0),
-                ("attn_dtype", "bfloat16"),
-            )  # fmt: skip
-            shape |= {"num_kv_heads": float(kv_heads), "head_dim": float(mixer.head_dim)}
-        else:
+        phase, tokens = ("prefill", step.tokens) if step.is_prefill else ("decode", step.requests * step.context)
+        asked = attention_coordinates(mixer, phase, np.array(step.requests), np.array(tokens), deployment.tp)
+        if asked is None:
             return roofline_s
-        rows = self._rows(family, f"{name}_perf", conditions, ("batch_size", "isl", "step"))
-        if rows is None:
+        shape = {name: float(np.asarray(value)) for name, value in asked[1].items()}
+        size = {name: shape.pop(name) for name in ("batch_size", "seq_len", "kv_len") if name in shape}
+        facts = {"window": str(mixer.window or 0)} if isinstance(mixer, Attention) else {}
+        dtype = "bf16" if step.is_prefill else deployment.kv_dtype
+        table = self._find(asked[0], (dtype,), shape, cache_dtype=deployment.kv_dtype, **facts)
+        if table is None:
             return roofline_s
-        batch_N, length_N, step_N, seconds_N = rows
-        if step.is_prefill:
-            points, length = {"batch_size": batch_N, "seq_len": length_N}, {"seq_len": step.tokens / step.requests}
-        else:
-            points, length = {"batch_size": batch_N, "kv_len": length_N + step_N - 1}, {"kv_len": step.context}
-        where = {"batch_size": step.requests, **length, **shape}
-        measured_s = self._seconds(name, deployment.kv_dtype, conditions, points, seconds_N, **where)
+        measured_s = self._seconds(table, shape, **size)
         return max(measured_s, roofline_s)  # measured with one query to a request; with drafts there are more
 
     def experts_s(self, experts: Experts, tokens: float, deployment: Deployment) -> float:
         """Measured experts of that shape and cut, on the busiest rank under skewed routing."""
         dtype = deployment.model.dtypes.experts
-        formats = _EXPERT_DTYPES.get(dtype, (dtype,))
-        asked = [(self.backend, moe_dtype) for moe_dtype in formats]  # then the same arithmetic elsewhere
-        asked += [(backend, moe_dtype) for moe_dtype in formats for backend in self._backends()[1:]]
+        shape: dict[str, float] = {
+            "hidden_size": deployment.model.hidden_size, "inter_size": max(experts.expert_widths),
+            "top_k": experts.top_k, "num_experts": experts.num_experts, "tp": deployment.etp, "ep": deployment.ep,
+        }  # fmt: skip
         for distribution in DISTRIBUTIONS:
-            for backend, moe_dtype in asked:
-                conditions: Conditions = (
-                    ("moe_dtype", moe_dtype), ("hidden_size", deployment.model.hidden_size),
-                    ("inter_size", max(experts.expert_widths)), ("topk", experts.top_k),
-                    ("num_experts", experts.num_experts), ("moe_tp_size", deployment.etp),
-                    ("moe_ep_size", deployment.ep), ("distribution", distribution),
-                )  # fmt: skip
-                rows = kernel_rows(self.root, self.system, "moe", backend, "moe_perf", conditions, ("num_tokens",))
-                if rows is not None:
-                    where = {
-                        "num_tokens": tokens, "hidden_size": deployment.model.hidden_size,
-                        "inter_size": max(experts.expert_widths), "top_k": experts.top_k,
-                        "num_experts": experts.num_experts, "tp": deployment.etp, "ep": deployment.ep,
-                    }  # fmt: skip
-                    return self._seconds("moe", dtype, conditions, {"num_tokens": rows[0]}, rows[1], **where)
+            table = self._find("moe", MXFP4 if dtype == "mxfp4" else (dtype,), shape, distribution=distribution)
+            if table:
+                return self._seconds(table, shape, num_tokens=tokens)
         return self._roofline.experts_s(experts, tokens, deployment)
 
     def allreduce_s(self, num_bytes: float, size: int) -> tuple[float, float]:
-        """Measured all-reduce of the backend inside a node: what the bytes add to the smallest one, and that one."""
-        place = (self.root, self.system, "comm", self.backend, "custom_allreduce_perf")
-        names = kernel_words(*place, "kernel_source") if size <= self.cluster.devices_per_node else ()
-        for name in (name for name in names if "eager" not in name):  # decoding runs captured graphs
-            conditions: Conditions = (("num_gpus", size), ("kernel_source", name))
-            rows = kernel_rows(*place, conditions, ("message_size",))
-            if rows is not None:
-                start_s = float(rows[1].min())
-                points = {"message_bytes": 2 * rows[0]}  # message_size counts bf16 elements
-                where = {"message_bytes": max(num_bytes, 1.0), "num_gpus": float(size)}
-                seconds = self._seconds("all_reduce", "bf16", conditions, points, rows[1], **where)
-                return max(seconds - start_s, 0.0), start_s
-        return self._roofline.allreduce_s(num_bytes, size)
+        """Measured all-reduce inside a node: what the bytes add to the smallest one, and that one."""
+        shape = {"num_gpus": float(size)}
+        table = self._find("all_reduce", ("bf16",), shape) if size <= self.cluster.devices_per_node else None
+        if table is None:
+            return self._roofline.allreduce_s(num_bytes, size)
+        start_s = float(table.seconds_N.min())
+        return max(self._seconds(table, shape, message_bytes=max(num_bytes, 1.0)) - start_s, 0.0), start_s
 
     def exchange_s(self, experts: Experts, tokens: float, deployment: Deployment) -> tuple[float, float]:
-        """Measured DeepEP normal dispatch and combine, with what their notifications take; it is all in the bytes."""
-        conditions: Conditions = (
-            ("node_num", deployment.num_ranks // self.cluster.devices_per_node),
-            ("hidden_size", deployment.model.hidden_size),
-            ("num_topk", experts.top_k),
-            ("num_experts", experts.num_experts),
-            ("dispatch_sms", EXCHANGE_SMS),
-        )
-        times = ("dispatch_transmit_us", "dispatch_notify_us", "combine_transmit_us", "combine_notify_us")
-        rows = kernel_rows(
-            self.root, self.system, "comm", "sglang", "wideep_deepep_normal_perf", conditions, ("num_token", *times)
-        )
-        if rows is None:
-            return self._roofline.exchange_s(experts, tokens, deployment)
-        seconds_N = 1e-6 * np.sum(rows[1:], axis=0)
-        return self._seconds("deepep", "fp8", conditions, {"tokens": rows[0]}, seconds_N, tokens=tokens), 0.0
+        """Measured DeepEP normal dispatch and combine; to start them, the roofline.
+
+        Each begins with a barrier (notify). The tables have 30 us for it among 16 ranks, and up to 16 ms in larger
+        batches on more of them: mostly waiting for ranks that came late to the benchmark, no property of the kernel.
+        """
+        roofline = self._roofline.exchange_s(experts, tokens, deployment)
+        shape: dict[str, float] = {
+            "node_num": deployment.num_ranks // self.cluster.devices_per_node,
+            "hidden_size": deployment.model.hidden_size, "top_k": experts.top_k, "num_experts": experts.num_experts,
+            "num_sms": EXCHANGE_SMS,
+        }  # fmt: skip
+        ways = [self._find(op, ("bf16",), shape, mode="normal") for op in ("dispatch", "combine")]
+        measured_s = [self._seconds(table, shape, num_tokens=tokens) for table in ways if table]
+        return sum(measured_s) if len(measured_s) == 2 else roofline[0], roofline[1]
+
+
+def _cut(table: MeasuredTable, shape: Mapping[str, float]) -> MeasuredTable | None:
+    """The table's rows of that very shape; None where it has none."""
+    if not {*shape} <= {*table.axes}:
+        return None
+    columns = [table.axes.index(name) for name in shape]
+    here_N = (table.points_ND[:, columns] == [*shape.values()]).all(axis=1)
+    if here_N.all() or not here_N.any():
+        return table if here_N.any() else None
+    return MeasuredTable(
+        table.op, table.dtype, table.device, table.axes, table.points_ND[here_N], table.seconds_N[here_N],
+        facts=table.facts,
+    )  # fmt: skip
+
+
+def _version(text: str) -> list[tuple[int, str]]:
+    """Versions in order: numbers as numbers, so that 0.5.14 is newer than 0.5.6."""
+    parts = text.replace("rc", ".-1.").replace("post", "").split(".")
+    return [(int(part), "") if part.lstrip("-").isdigit() else (-1, part) for part in parts]

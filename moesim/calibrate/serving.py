@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moesim.calibrate.constants import NAMES, Floats
 from moesim.calibrate.parts import PARTS, Deployment, Kernels, Roofline, Step, iteration_parts
+from moesim.costs.calibration import NAMES, Calibration, Floats
 from moesim.files.hardware import load_cluster
 from moesim.files.models import load_model
 from moesim.files.runs import Run
@@ -151,6 +151,12 @@ def predict_tpot_s(priced: Priced, values: Floats) -> Floats:
     )
     waited_N = c["prefill_factor"] * priced.prefills_per_token_N * (prefill_N + c["iteration_overhead_s"])
     return np.asarray((decode_N + c["iteration_overhead_s"]) / tokens_N + waited_N)
+
+
+def predict_with(calibration: Calibration, priced: Priced) -> tuple[Floats, Floats, Floats]:
+    """Seconds per output token of runs, and the ends of their 90 % intervals, each [N]."""
+    predicted_N = predict_tpot_s(priced, np.array([calibration.values[name] for name in NAMES]))
+    return predicted_N, predicted_N * calibration.low_ratio, predicted_N * calibration.high_ratio
 
 
 def tokens_per_iteration(num_drafts_N: Floats, output_tokens_N: Floats, rate: float, gain: float) -> Floats:

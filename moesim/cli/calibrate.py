@@ -10,8 +10,8 @@ import click
 
 if TYPE_CHECKING:
     from moesim.calibrate.folds import HeldOut
-    from moesim.calibrate.profile import CalibratedProfile
     from moesim.calibrate.serving import Priced
+    from moesim.costs.calibration import Calibration
 
 
 def _facts(items: tuple[str, ...]) -> dict[str, Any]:
@@ -26,8 +26,15 @@ def _facts(items: tuple[str, ...]) -> dict[str, Any]:
 
 @click.command("calibrate")
 @click.argument("runs", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Profile to write (.toml).")
-@click.option("--kernels", type=click.Path(path_type=Path), help="Folder of measured kernel tables (aiconfigurator's).")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Calibration to write (.toml), for scenarios.",
+)
+@click.option(
+    "--kernels", type=click.Path(path_type=Path), help="Measured tables: aiconfigurator's folder, or profiles of ours."
+)
 @click.option("--recipes", type=click.Path(path_type=Path), help="Instead of the packaged recipes.")
 @click.option(
     "--trace", type=click.Path(path_type=Path), help="torch profiler trace: its gaps are the host's overhead."
@@ -44,39 +51,40 @@ def calibrate_command(
 
     RUNS is a table of serving runs (.parquet, .csv), or results of vLLM's or SGLang's benchmark or `moesim run --json`.
     """
-    from moesim.calibrate.constants import CONSTANTS, with_measured_gap
+    from moesim.calibrate.calibration import calibrate
     from moesim.calibrate.measured import load_kernels
-    from moesim.calibrate.profile import calibrate, write_profile
     from moesim.calibrate.recipes import load_recipes, with_recipes
     from moesim.calibrate.serving import price_runs, roofline_kernels
+    from moesim.costs.calibration import CONSTANTS, with_measured_gap
+    from moesim.files.profiles.calibrated import write_calibration
     from moesim.files.runs import read_runs
     from moesim.files.runs_profiler import read_profile
 
     read = with_recipes(read_runs(runs, _facts(facts)), load_recipes(recipes))
     constants = with_measured_gap(CONSTANTS, read_profile(trace).gap_s) if trace else CONSTANTS
     priced = price_runs(read, load_kernels(kernels) if kernels else roofline_kernels)
-    profile, held = calibrate(priced, f"measured tables: {kernels.name}" if kernels else "roofline", constants)
+    found, held = calibrate(priced, f"measured tables: {kernels.name}" if kernels else "roofline", constants)
     if out:
-        write_profile(profile, out)
-        click.echo(f"profile: {out}", err=True)
+        write_calibration(found, out)
+        click.echo(f"calibration: {out}", err=True)
     if as_json:
-        shape = profile.as_json()
+        shape = found.as_json()
         shape["table"] = [
             {"case": run.name, "group": run.group, "measured": run.tpot_s, "predicted": float(predicted)}
             for run, predicted in zip(read, held.predicted_s_N, strict=True)
         ]
         click.echo(json.dumps(shape, indent=2))
     else:
-        _print(profile, priced, held)
+        _print(found, priced, held)
 
 
-def _print(profile: CalibratedProfile, priced: Priced, held: HeldOut) -> None:
+def _print(found: Calibration, priced: Priced, held: HeldOut) -> None:
     import numpy as np
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from moesim.calibrate.constants import CONSTANTS
+    from moesim.costs.calibration import CONSTANTS
     from moesim.files.runs import groups_of
 
     console = Console()
@@ -86,9 +94,9 @@ def _print(profile: CalibratedProfile, priced: Priced, held: HeldOut) -> None:
     for head in ("constant", "value", "range", "meaning"):
         table.add_column(head, justify="right" if head in ("value", "range") else "left")
     for c in CONSTANTS:
-        value, unit = profile.values[c.name], f" {c.unit}" if c.unit else ""
+        value, unit = found.values[c.name], f" {c.unit}" if c.unit else ""
         said = (
-            c.meaning if profile.sources[c.name].startswith("fitted") else f"{c.meaning} (assumed: no run speaks of it)"
+            c.meaning if found.sources[c.name].startswith("fitted") else f"{c.meaning} (assumed: no run speaks of it)"
         )
         table.add_row(c.name, f"{value:.3g}{unit}", f"{c.low:g} to {c.high:g}", said)
     console.print(table, highlight=False)
@@ -103,7 +111,7 @@ def _print(profile: CalibratedProfile, priced: Priced, held: HeldOut) -> None:
         table.add_row(name, *row, f"{np.median(errors):+.1%}")
     console.print(table, highlight=False)
     console.print(
-        f"held out by {profile.facts['held_out_by']}; 90 % of measured / predicted lie in {profile.low_ratio:.2f} to "
-        f"{profile.high_ratio:.2f}; kernels: {profile.kernels}",
+        f"held out by {found.facts['held_out_by']}; 90 % of measured / predicted lie in {found.low_ratio:.2f} to "
+        f"{found.high_ratio:.2f}; kernels: {found.kernels}",
         highlight=False,
     )

@@ -121,6 +121,11 @@ class MeasuredTable:
         return RaggedGrid(self._log_ND)
 
     @cached_property
+    def _far(self) -> float:
+        """Half width outside of what was measured: how far nine in ten points are from the table's usual ratio."""
+        return float(np.percentile(np.abs(self._ratio_N - np.median(self._ratio_N)), 90))
+
+    @cached_property
     def _noise_N(self) -> Floats:
         """Half width of the measurement's own spread, in logarithms."""
         if self.low_N is None or self.high_N is None:
@@ -187,8 +192,7 @@ class MeasuredTable:
         scale_ND, factor = self._spread
         squares = [stencil.between_MD[:, axis] * stencil.mix(scale_ND[:, axis]) ** 2 for axis in range(len(self.axes))]
         half = factor * np.sqrt(np.sum(squares, axis=0))
-        far = float(np.percentile(np.abs(self._ratio_N - np.median(self._ratio_N)), 90))
-        half = np.where(stencil.inside_M, half, np.maximum(half, far)) + stencil.mix(self._noise_N)
+        half = np.where(stencil.inside_M, half, np.maximum(half, self._far)) + stencil.mix(self._noise_N)
         return stencil.mix(self._ratio_N), half, stencil.inside_M
 
 

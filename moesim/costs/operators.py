@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.costs import compute
+from moesim.costs import compute, network
+from moesim.costs.calibration import Calibration
 from moesim.costs.measured import Interpolated, MeasuredTables
 from moesim.costs.measured_experts import experts_seconds
-from moesim.hardware import SOURCES, Device
+from moesim.hardware import SOURCES, Cluster, Device
 from moesim.mixers import Attention, LatentAttention, Mixer
 from moesim.model import BYTES_PER_PARAM, Experts
 
 Floats = NDArray[np.float64]
+FITTED = SOURCES.index("fitted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,13 @@ class Timed:
         """Each entry along the last axis several times in a row."""
         return Timed(np.repeat(self.seconds, times, axis=-1), self.rests_X)
 
+    def scaled(self, factor: float) -> Timed:
+        """Times a fitted factor: what rested on measurements alone is fitted now."""
+        rests_X = factor * self.rests_X
+        rests_X[FITTED] += rests_X[:FITTED].sum()
+        rests_X[:FITTED] = 0
+        return Timed(factor * self.seconds, rests_X)
+
     @property
     def shares_X(self) -> Floats:
         """Share of the seconds that rests on each of `SOURCES`; all 0 where there are none."""
@@ -59,11 +68,16 @@ class Operators:
     carries it on, it is *fitted*. The ends are those of the table's 90 % interval.
 
     bound: "value", or the "low" or "high" end of what is believed of the device's speed.
+    calibration: factors fitted to real runs, which every time is multiplied by.
     """
 
     device: Device
     bound: str = "value"
     tables: MeasuredTables = field(default_factory=MeasuredTables)
+    calibration: Calibration | None = None
+
+    def _calibrated(self, timed: Timed, name: str) -> Timed:
+        return timed if self.calibration is None else timed.scaled(self.calibration.values[name])
 
     def matmuls(self, shapes: Sequence[tuple[int, int]], rows: Floats, weight_dtype: str, value_bytes: float) -> Timed:
         """Products of `rows` rows with weights (n, k), one after another; none for 0 rows.
@@ -81,7 +95,7 @@ class Operators:
             num_bytes = n * k * BYTES_PER_PARAM[weight_dtype] + rows * (n + k) * value_bytes
             seconds = compute.gemm_s(2.0 * n * k * rows, num_bytes, self.device, weight_dtype, bound=self.bound)
             total += self._roofline(seconds * busy, "gemm")
-        return total
+        return self._calibrated(total, "gemm_factor")
 
     def experts(
         self, load_LRS: NDArray[np.int32], params_LRS: Floats, ffn: Experts, hidden_size: int, weight_dtype: str
@@ -98,9 +112,10 @@ class Operators:
         if tabled and ffn.gated and len(set(ffn.expert_widths)) == 1:
             inter = int(params_LRS.max() // (3 * hidden_size))
             found = experts_seconds(self.tables, load_LRS, hidden_size, inter, ffn.top_k, ffn.num_experts, weight_dtype)
-            return self._measured(found, load_LRS.sum(axis=-1) > 0)
+            return self._calibrated(self._measured(found, load_LRS.sum(axis=-1) > 0), "experts_factor")
         seconds = compute.experts_s(load_LRS, params_LRS, hidden_size, self.device, weight_dtype, self.bound)
-        return self._roofline(seconds, "grouped_gemm") + self.launches(2.0 * (load_LRS.sum(axis=-1) > 0))
+        grouped = self._calibrated(self._roofline(seconds, "grouped_gemm"), "experts_factor")
+        return grouped + self.launches(2.0 * (load_LRS.sum(axis=-1) > 0))
 
     def attention_core(
         self, mixer: Mixer, phase: str, requests: Floats, tokens: Floats, flops: Floats, num_bytes: Floats, tp: int,
@@ -124,16 +139,38 @@ class Operators:
                 self.tables.find(op, dtype) if window == "0" else None
             )
             if table and set(table.axes) == set(coordinates):
-                return self._measured(table.seconds(coordinates, (flops, num_bytes)), requests > 0)
-        return self._roofline(compute.attention_core_s(flops, num_bytes, self.device, self.bound), "attention")
+                found = self._measured(table.seconds(coordinates, (flops, num_bytes)), requests > 0)
+                return self._calibrated(found, "attention_factor")
+        found = self._roofline(compute.attention_core_s(flops, num_bytes, self.device, self.bound), "attention")
+        return self._calibrated(found, "attention_factor")
 
-    def launches(self, number: Floats | float, latency_s: float = 0.0) -> Timed:
-        """Time to start as many kernels, and until the first byte arrives over a link."""
+    def launches(self, number: Floats | float) -> Timed:
+        """Time to start as many kernels."""
+        return self._calibrated(self._starts(number, 0.0), "launch_factor")
+
+    def collective_start(self, size: int, cluster: Cluster, phases: int = 1) -> Timed:
+        """Time to start one collective among `size` neighbouring ranks: its kernel, and the latency of each phase."""
+        name = "collective_start_factor" if size <= cluster.devices_per_node else "internode_start_factor"
+        return self._calibrated(self._starts(1.0, phases * network.latency_s(size, cluster)), name)
+
+    def collective(self, seconds: Floats | float) -> Timed:
+        """Seconds of a collective's bytes on its links."""
+        return self._calibrated(self._link(seconds), "collective_factor")
+
+    def host_copy(self, num_bytes: float, cluster: Cluster) -> Timed:
+        """A copy from host memory to the device, with its start."""
+        moved = self._link(network.copy_s(num_bytes, cluster, self.bound))
+        return moved + self._starts(1.0, cluster.host_link.latency_s)
+
+    def host_overhead(self) -> Timed:
+        """Work of the host in an iteration that no kernel hides; nothing is known of it without a calibration."""
+        return Timed.of(self.calibration.values["iteration_overhead_s"] if self.calibration else 0.0, FITTED)
+
+    def _starts(self, number: Floats | float, latency_s: float) -> Timed:
         seconds = number * compute.launch_s(self.device, self.bound) + latency_s
         return Timed.of(seconds, compute.launch_source(self.device))
 
-    def network(self, seconds: Floats | float) -> Timed:
-        """Seconds of bytes on a link."""
+    def _link(self, seconds: Floats | float) -> Timed:
         return Timed.of(seconds, compute.source(self.device, "network"))
 
     def _roofline(self, seconds: Floats, kind: str) -> Timed:

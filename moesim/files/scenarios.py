@@ -22,6 +22,7 @@ from moesim.files.counts import is_count_file, read_counts
 from moesim.files.hardware import load_cluster
 from moesim.files.keys import nearest
 from moesim.files.models import load_model
+from moesim.files.profiles.calibrated import load_calibration
 from moesim.files.profiles.tables import load_profile
 from moesim.files.tables import raise_all, read_toml
 from moesim.files.traces import read_trace
@@ -34,7 +35,7 @@ from moesim.scenario import Scenario
 from moesim.workload import Workload
 
 T = TypeVar("T")
-_SCALARS = ("name", "model", "hardware", "profile", "trace", "engine", "seed")
+_SCALARS = ("name", "model", "hardware", "profile", "calibration", "trace", "engine", "seed")
 _TABLES: dict[str, type] = {"layout": Layout, "workload": Workload, "policies": Policies, "dtypes": Dtypes}
 
 
@@ -139,10 +140,11 @@ def _build(
         "hardware": lambda text: load_cluster(_existing(text, folder)),
         "trace": lambda text: load_trace(text, folder),
         "profile": lambda text: load_profile(_beside(text, folder)),
+        "calibration": lambda text: load_calibration(_beside(text, folder)),
     }
     for key, load in loaders.items():
         text = values.get(key)
-        if key == "profile" and text is None:
+        if key in ("profile", "calibration") and text is None:
             continue
         if not isinstance(text, str) or not text:
             given = "is missing" if text is None else f"must be a name or a path, not {text!r}"
@@ -189,6 +191,7 @@ def _build(
         trace=parts["trace"],
         policies=parts.get("policies", Policies()),
         tables=parts.get("profile", MeasuredTables()),
+        calibration=parts.get("calibration"),
         engine=engine,
         seed=seed,
         plain=values,

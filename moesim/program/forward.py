@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.costs import network
-from moesim.costs.measured import MeasuredTables
 from moesim.costs.operators import Operators, Timed, stacked
 from moesim.hardware import SOURCES, Cluster
 from moesim.layout import Layout
@@ -70,7 +69,7 @@ class Forward:
     Args:
         slot_params_LRS: parameters of the expert (or slice of one) in each slot of each expert rank.
         expand: where given, experts are not one operation but a choice that falls when the router is done.
-        tables: measured kernels of the machine's device; rooflines where they do not reach.
+        operators: of the machine's device, for a bound; rooflines if None.
     """
 
     def __init__(
@@ -80,10 +79,11 @@ class Forward:
         layout: Layout,
         slot_params_LRS: Floats,
         expand: Expand | None = None,
-        tables: MeasuredTables | None = None,
+        operators: Callable[[str], Operators] | None = None,
     ) -> None:
         self.model, self.cluster, self.layout = model, cluster, layout
-        self._slot_params_LRS, self._tables = slot_params_LRS, tables or MeasuredTables()
+        self._slot_params_LRS = slot_params_LRS
+        self._operators = operators or partial(Operators, cluster.device)
         self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
         self._rows: dict[str, list[int]] = {}
         self.program = self._lower(expand)
@@ -113,7 +113,9 @@ class Forward:
             elif isinstance(layer.ffn, Experts):
                 last = (self._lower_experts(draft, add, layer.ffn, i, moe_layer, last, expand),)
                 moe_layer += 1
-        add("head", -1, "compute", after=last)
+        head = add("head", -1, "compute", after=last)
+        if self._operators("value").calibration:
+            add("host", -1, "host", after=(head,))
         return draft.program()
 
     def _lower_experts(
@@ -148,7 +150,7 @@ class Forward:
         num_ops, num_ranks, tp = len(self.program.operations), self.program.num_ranks, self._tp
         costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
         tokens_D = np.bincount(batch.group_B, minlength=self._dp).astype(np.float64)
-        ops = Operators(self.cluster.device, bound, self._tables)
+        ops = self._operators(bound)
         h, dtypes = self.model.hidden_size, self.model.dtypes
 
         def put(name: str, timed: Timed, num_bytes: Floats | float = 0.0) -> None:
@@ -173,6 +175,7 @@ class Forward:
             if layers:
                 put(name, stacked(layers).repeated(tp))
         put("head", self._head_R(ops, batch))
+        put("host", ops.host_overhead())
         if tp > 1:
             self._price_tp(put, ops, tokens_D)
         if self.model.moe_layers:
@@ -187,14 +190,10 @@ class Forward:
         tp = self._tp
         buffer_R = np.repeat(tokens_D, tp) * self.model.hidden_size * self._activation_bytes
         half_s = network.half_all_reduce_s(buffer_R, tp, self.cluster, ops.bound)
-        half, moved = ops.network(half_s) + self._start(ops, tp), buffer_R * (tp - 1) / tp
-        put("allreduce", ops.network(2 * half_s) + self._start(ops, tp, 2), 2 * moved)
+        half, moved = ops.collective(half_s) + ops.collective_start(tp, self.cluster), buffer_R * (tp - 1) / tp
+        put("allreduce", ops.collective(2 * half_s) + ops.collective_start(tp, self.cluster, 2), 2 * moved)
         put("reduce_scatter", half, moved)
         put("all_gather", half, moved)
-
-    def _start(self, ops: Operators, size: int, times: int = 1) -> Timed:
-        """Latency of as many phases among `size` neighbouring ranks, in one kernel."""
-        return ops.launches(1.0, times * network.latency_s(size, self.cluster))
 
     def _price_experts(self, put: Callable[..., None], ops: Operators, counts: Counts | None, tokens_D: Floats) -> None:
         ffn, h, dtypes = self.model.experts, self.model.hidden_size, self.model.dtypes
@@ -208,11 +207,11 @@ class Forward:
         put("experts", experts if self._spread else experts.repeated(self._tp))
         if self._spread:
             sizes = {"dispatch": h * self._dispatch_bytes, "combine": h * self._activation_bytes}
-            start = self._start(ops, self.layout.experts.ep)
+            start = ops.collective_start(self.layout.experts.ep, self.cluster)
             for name, token_bytes in sizes.items():
                 traffic = counts.traffic_CLR if name == "dispatch" else counts.traffic_CLR[[2, 3, 0, 1]]
                 seconds_LR = network.all_to_all_s(traffic, token_bytes, self.cluster, ops.bound)
-                put(name, ops.network(seconds_LR) + start, (traffic[0] + traffic[1]) * token_bytes)
+                put(name, ops.collective(seconds_LR) + start, (traffic[0] + traffic[1]) * token_bytes)
 
     @property
     def _dispatch_bytes(self) -> float:

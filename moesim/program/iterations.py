@@ -57,7 +57,11 @@ class Iterations:
             slot_params_LRS = np.tile(slot_params_LRS, (1, num_ranks // layout.experts.ep, 1))
         self.store = self._make_store() if scenario.is_offloaded and model.moe_layers else None
         expand = self.store.expand if self.store else None
-        self._forward = Forward(model, cluster, layout, slot_params_LRS, expand, scenario.tables)
+        self._forward = Forward(model, cluster, layout, slot_params_LRS, expand, self._operators)
+
+    def _operators(self, bound: str) -> Operators:
+        s = self.scenario
+        return Operators(s.cluster.device, bound, s.tables, s.calibration)
 
     def _make_store(self) -> ExpertStore:
         s = self.scenario
@@ -66,8 +70,7 @@ class Iterations:
         slots = int(np.ceil(num_experts * s.policies.device_expert_fraction))
         future = self._future_SLE() if cache.needs_future else None
         prefetch = REGISTRIES["prefetch"][s.policies.prefetch]()
-        operators = Operators(s.cluster.device, self.bound, s.tables)
-        return ExpertStore(s.model, s.cluster, slots, cache.start(future), prefetch, operators)
+        return ExpertStore(s.model, s.cluster, slots, cache.start(future), prefetch, self._operators(self.bound))
 
     def _future_SLE(self) -> np.ndarray:
         """Which experts each iteration will use, for oracles only: bool [S, L, E]."""

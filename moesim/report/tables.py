@@ -26,8 +26,8 @@ HEADLINE = (
 PARTS = (
     "embedding", "attention", "allreduce", "reduce_scatter", "dense", "mlp", "router", "gate", "shared",
     "shared_experts", "dispatch", "expert_copies", "copy", "miss", "misses", "prefetch",
-    "experts", "cpu_experts", "combine", "all_gather", "head", "pipeline", "imbalance", "bubble", "wait", "queue",
-    "overhead", "launch", "other",
+    "experts", "cpu_experts", "combine", "all_gather", "head", "host", "pipeline", "imbalance", "bubble", "wait",
+    "queue", "overhead", "launch", "other",
 )  # fmt: skip
 MEMORY_PARTS = (
     "weights", "other_weights", "attention", "dense", "shared", "shared_experts", "experts", "expert_cache", "head",

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesim.calibrate.constants import NAMES, Floats, starting_values
 from moesim.calibrate.folds import hold_out, shuffled_folds
-from moesim.calibrate.profile import CalibratedProfile
-from moesim.calibrate.serving import MakeKernels, Priced, predict_tpot_s, price_runs, roofline_kernels
+from moesim.calibrate.serving import MakeKernels, Priced, predict_tpot_s, predict_with, price_runs, roofline_kernels
+from moesim.costs.calibration import NAMES, Calibration, Floats, starting_values
 from moesim.files.runs import Run
 from moesim.validate.cases import Case, Validation
 
@@ -25,23 +24,27 @@ def plain_roofline(runs: Sequence[Run]) -> Floats:
 
 
 def validate_serving(
-    runs: Sequence[Run], make_kernels: MakeKernels | None = None, profile: CalibratedProfile | None = None
+    runs: Sequence[Run], make_kernels: MakeKernels | None = None, calibration: Calibration | None = None
 ) -> Validation:
-    """Predict every run: by a profile fitted to others, or by cross-validation grouped by (model, system, backend).
+    """Predict every run: by a calibration fitted to others, or by cross-validation grouped by (model, system, backend).
 
-    Runs of a group that the profile was fitted to, and runs whose recipe was told apart by their measured times, are
-    marked as fitted, and count in no error.
+    Runs of a group that it was fitted to, and runs whose recipe was told apart by their measured times, are marked as
+    fitted, and count in no error.
 
     Raises:
-        ValueError: runs with unknown models or machines; without a profile, runs of fewer than three groups; with one,
-            kernels from elsewhere than its own.
+        ValueError: runs with unknown models or machines; without a calibration, runs of fewer than three groups;
+            with one, kernels from elsewhere than its own.
     """
     priced = price_runs(runs, make_kernels or roofline_kernels)
-    if profile is not None:
-        if profile.kernels.startswith("measured") != (make_kernels is not None):
-            raise ValueError(f"profile: it was fitted with kernels of {profile.kernels!r}; give the same to predict")
-        predicted_N, low_N, high_N = profile.predict(priced)
-        facts = {"split": f"all by one profile, fitted to {', '.join(profile.facts.get('groups', ['other runs']))}"}
+    if calibration is not None:
+        if calibration.needs_tables != (make_kernels is not None):
+            raise ValueError(
+                f"calibration: it was fitted with kernels of {calibration.kernels!r}; give the same to predict"
+            )
+        predicted_N, low_N, high_N = predict_with(calibration, priced)
+        facts = {
+            "split": f"all by one calibration, fitted to {', '.join(calibration.facts.get('groups', ['other runs']))}"
+        }
     else:
         held = hold_out(priced, [run.group for run in runs])
         predicted_N, low_N, high_N = held.predicted_s_N, held.low_s_N, held.high_s_N
@@ -50,7 +53,7 @@ def validate_serving(
             "easier split, by configuration inside the groups": _easier(priced),
         }
     rows = zip(runs, predicted_N, low_N, high_N, plain_roofline(runs), strict=True)
-    seen = set(profile.facts.get("groups", ())) if profile else set()
+    seen = set(calibration.facts.get("groups", ())) if calibration else set()
     cases = tuple(
         Case(
             run.name,

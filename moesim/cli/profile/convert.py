@@ -17,24 +17,26 @@ import click
     help="Told from the files where not given.",
 )
 def import_command(directory: Path, out: Path, format_name: str | None) -> None:
-    """Import the measured tables under DIRECTORY, one Parquet file for each source table.
+    """Import the measured tables under DIRECTORY, one Parquet file for each source table, in a folder of each device.
 
-    aiconfigurator: SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet. infersim: OPERATOR/[PHASE/]DEVICE/FILE.csv.
+    aiconfigurator: [data/]SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet. infersim: OPERATOR/[PHASE/]DEVICE/FILE.csv.
     """
     from moesim.files.profiles import import_profiles
     from moesim.files.profiles.tables import write_tables
 
     found = import_profiles(directory, format_name)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out}: cannot make the folder: {error.strerror}; choose a writable place") from error
     for line in found.read:
         click.echo(f"read: {line}", err=True)
     for line in found.left_out:
         click.echo(f"left out: {line}", err=True)
     for name, tables in found.tables.items():
         if tables:
-            write_tables(tables, out / f"{name}.parquet")
+            path = out / f"{name}.parquet"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                because = f"cannot make the folder: {error.strerror}; choose a writable place"
+                raise ValueError(f"{path.parent}: {because}") from error
+            write_tables(tables, path)
             points = sum(len(table.seconds_N) for table in tables)
-            click.echo(f"{out / name}.parquet: {points} points in {len(tables)} tables of {tables[0].device}")
+            click.echo(f"{path}: {points} points in {len(tables)} tables of {tables[0].device}")

@@ -16,14 +16,14 @@ import click
 def kernels_command(directory: Path, devices: tuple[str, ...], seed: int, as_json: bool, all_cases: bool) -> None:
     """Predict rows held out of the measured tables under DIRECTORY, and one device's from another's.
 
-    DIRECTORY holds NVIDIA aiconfigurator's tables, SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet. Without it the
-    validation is skipped.
+    DIRECTORY, or its folder data, holds NVIDIA aiconfigurator's tables, SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet.
+    Without it the validation is skipped.
     """
-    from moesim.cli.validate.printing import print_validation
+    from moesim.cli.validate.printing import print_skipped, print_validation
     from moesim.validate.kernels import validate_kernels
 
     if not directory.exists():
-        click.echo(f"skipped: kernels: {directory} does not exist; give the folder that holds the systems", err=True)
+        print_skipped("kernels", directory, "the folder that holds the systems", as_json)
         return
     found = validate_kernels(directory, devices, seed, lambda line: click.echo(line, err=True))
     print_validation(found, as_json, all_cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 from rich import box
@@ -22,6 +23,12 @@ SHOWN = (
     ("baseline_p90_abs_error", "{:.1%}"),
 )
 _HEADS = ("rows", "median error", "75th", "90th", "bias", "in 90 % interval", "roofline, median", "roofline, 90th")
+
+
+def print_skipped(name: str, path: Path, give: str, as_json: bool) -> None:
+    """One line that a validation was left out because `path`, which it needs, is not there."""
+    because = f"{path} is not there; give {give}"
+    click.echo(json.dumps({"name": name, "skipped": because}) if as_json else f"skipped: {because}")
 
 
 def print_validation(validation: Validation, as_json: bool, all_cases: bool = False) -> None:

@@ -9,29 +9,36 @@ import click
 
 @click.command("serving")
 @click.argument("runs", type=click.Path(path_type=Path))
-@click.option("--kernels", type=click.Path(path_type=Path), help="Folder of measured kernel tables (aiconfigurator's).")
+@click.option(
+    "--kernels", type=click.Path(path_type=Path), help="Measured tables: aiconfigurator's folder, or profiles of ours."
+)
 @click.option("--recipes", type=click.Path(path_type=Path), help="Instead of the packaged recipes.")
-@click.option("--profile", type=click.Path(path_type=Path), help="Predict by a calibrated profile; fit nothing.")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="Written by `moesim calibrate`; nothing is fitted."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--all", "all_cases", is_flag=True, help="Print every run.")
 def serving_command(
-    runs: Path, kernels: Path | None, recipes: Path | None, profile: Path | None, as_json: bool, all_cases: bool
+    runs: Path, kernels: Path | None, recipes: Path | None, calibration: Path | None, as_json: bool, all_cases: bool
 ) -> None:
-    """Predict the time per output token of RUNS.
+    """Predict the time per output token of RUNS; without them, or the tables, the validation is skipped.
 
-    Each (model, system, backend) is predicted by constants fitted to the others, or all by the profile.
+    Each (model, system, backend) is predicted by constants fitted to the others, or all by the calibration.
     """
-    if not runs.exists():
-        click.echo(f"{runs}: no such file; nothing is validated", err=True)
-        click.echo('{"name": "serving", "skipped": true}' if as_json else f"serving: skipped, {runs} is not there")
-        return
+    from moesim.cli.validate.printing import print_skipped, print_validation
+
+    needed = {runs: "a table of serving runs, or a folder of them", kernels: "a folder of measured kernel tables"}
+    for path, give in needed.items():
+        if path and not path.exists():
+            print_skipped("serving", path, give, as_json)
+            return
     from moesim.calibrate.measured import load_kernels
-    from moesim.calibrate.profile import load_profile
     from moesim.calibrate.recipes import load_recipes, with_recipes
-    from moesim.cli.validate.printing import print_validation
+    from moesim.files.profiles.calibrated import load_calibration
     from moesim.files.runs import read_runs
     from moesim.validate.serving import validate_serving
 
     read = with_recipes(read_runs(runs), load_recipes(recipes))
     made = load_kernels(kernels) if kernels else None
-    print_validation(validate_serving(read, made, load_profile(profile) if profile else None), as_json, all_cases)
+    known = load_calibration(calibration) if calibration else None
+    print_validation(validate_serving(read, made, known), as_json, all_cases)

@@ -1,4 +1,4 @@
-"""Import of NVIDIA aiconfigurator's measured tables (Apache-2.0): SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet.
+"""Import of NVIDIA aiconfigurator's measured tables (Apache-2.0): [data/]SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet.
 
 Traps of that data, and what is done: message sizes are in elements of the format, not bytes; the same shape may be
 there more than once (the median is taken); evenly loaded rows over several ranks ("balanced", ep > 1) contradict the
@@ -8,7 +8,7 @@ DeepEP's notify times are waiting for stragglers and are not read; whole modules
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,17 +89,22 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
 }
 
 
+def files_of_systems(directory: Path) -> Iterator[Path]:
+    """Files of tables under `directory` or, where there is one, its folder data."""
+    within = directory / "data"
+    return (within if within.is_dir() else directory).glob("*/*/*/*/*.parquet")
+
+
 def import_aiconfigurator(directory: Path, systems: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> Imported:
-    """The tables under `directory`; only those systems and tables, where any are named.
+    """The tables under `directory` or its folder data; only those systems and tables, where any are named.
 
     Raises:
         ValueError: there are none, or a file is no Parquet or lacks columns.
     """
     found = Imported()
-    seen: dict[tuple[str, bytes], str] = {}
     paths = [
         path
-        for path in sorted(directory.glob("*/*/*/*/*.parquet"))
+        for path in sorted(files_of_systems(directory))
         if (not systems or path.parts[-5] in systems) and (not names or path.stem in names)
     ]
     if not paths:
@@ -109,34 +114,39 @@ def import_aiconfigurator(directory: Path, systems: tuple[str, ...] = (), names:
         )
     for path in paths:
         system, family, backend, version = path.parts[-5:-1]
-        where = path.relative_to(directory).as_posix()
+        where = "/".join(path.parts[-5:])
         if path.stem not in LAYOUTS:
             found.left_out.append(f"{where}: not one operator, or one that has no use here")
             continue
         if because := UNSOUND.get((system, family, backend, path.stem)):
             found.left_out.append(f"{where}: {because}")
             continue
-        try:
-            rows = pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{path}: not a whole Parquet file ({error}); fetch it again") from error
-        latency = LAYOUTS[path.stem][0].latency[0]
-        key = (
-            path.stem,
-            rows[latency].combine_chunks().to_numpy(zero_copy_only=False).tobytes()
-            if latency in rows.column_names
-            else b"",
-        )
-        if key in seen and rows.num_rows:
-            found.left_out.append(f"{where}: its times are a copy of those of {seen[key]}")
+        rows = _rows(path)
+        if original := _original(path, rows):
+            found.left_out.append(f"{where}: its times are a copy of those of {original}")
             continue
-        seen[key] = where
         kept = _kept(rows, path.stem, where, found)
         tables = [table for layout in LAYOUTS[path.stem] for table in _tables(kept, layout, path)]
-        found.tables["-".join((system, backend, version, path.stem.removesuffix("_perf")))] = tables
+        found.tables[f"{system}/{backend}-{version}/{path.stem.removesuffix('_perf')}"] = tables
         points = sum(len(table.seconds_N) for table in tables)
         found.read.append(f"{where}: {rows.num_rows} rows, {points} points in {len(tables)} tables")
     return found
+
+
+def _rows(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: not a whole Parquet file ({error}); fetch it again") from error
+
+
+def _original(path: Path, rows: pa.Table) -> str | None:
+    """The system before this one whose table has the same times to the last digit, whether it was asked for or not."""
+    times = [name for name in rows.column_names if name == LAYOUTS[path.stem][0].latency[0]]
+    for other in sorted(path.parents[4].glob("/".join(("*", *path.parts[-4:])))):
+        if other < path and rows.num_rows and rows.select(times).equals(_rows(other, times)):
+            return other.parts[-5]
+    return None
 
 
 def _kept(rows: pa.Table, name: str, where: str, found: Imported) -> pa.Table:
@@ -158,6 +168,8 @@ def _kept(rows: pa.Table, name: str, where: str, found: Imported) -> pa.Table:
         drop(pc.field("step") > 0, "prefill after a cached prefix")
     if name.startswith("generation_") and {"isl", "step"} <= {*rows.column_names}:
         rows = rows.append_column("kv_len", pc.add(rows["isl"], rows["step"]))
+    if name.endswith("_attention_perf") and "window_size" not in rows.column_names:  # as older versions wrote them
+        rows = rows.append_column("window_size", pa.array([0] * rows.num_rows))
     if "message_size" in rows.column_names:
         column = next(name for name in rows.column_names if name.endswith("_dtype"))
         width = [weight_bytes(DTYPES.get(str(dtype), str(dtype))) for dtype in rows[column].to_pylist()]
@@ -175,7 +187,7 @@ def _tables(rows: pa.Table, layout: Layout, path: Path) -> list[MeasuredTable]:
     if layout.dtype:
         given["dtype"] = layout.dtype
     words = {
-        ours: np.array([str(word) for word in rows[theirs].to_pylist()])
+        ours: rows[theirs].cast(pa.string()).combine_chunks()
         for ours, theirs in given.items()
         if theirs in rows.column_names
     }
@@ -190,8 +202,8 @@ def _tables(rows: pa.Table, layout: Layout, path: Path) -> list[MeasuredTable]:
         "date": "not said",
     }
     tables = []
-    for facts, which in split({name: column[usable] for name, column in words.items()}) if usable.any() else ():
-        op, dtype = facts.pop("op_name"), facts.pop("dtype", "bfloat16")
+    for facts, which in split({name: column.filter(pa.array(usable)) for name, column in words.items()}):
+        op, dtype = facts.pop("op_name", ""), facts.pop("dtype", "bfloat16")
         if "cache_dtype" in facts:
             facts["cache_dtype"] = DTYPES.get(facts["cache_dtype"], facts["cache_dtype"])
         facts = {"backend": backend, "version": version, **facts}

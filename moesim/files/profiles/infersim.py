@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from moesim.costs.measured import MeasuredTable
 from moesim.files.profiles.imported import Imported, merged, split
@@ -99,7 +100,7 @@ def import_infersim(directory: Path) -> Imported:
                 raise ValueError(f"{path}: line {number}: {error}; fetch the file again") from error
         found.read.append(f"{where.as_posix()}: {len(rows)} rows")
     for device, given in entries.items():
-        found.tables[f"{device}-infersim"] = _tables(device, given)
+        found.tables[f"{device}/infersim"] = _tables(device, given)
     return found
 
 
@@ -119,7 +120,7 @@ def _tables(device: str, entries: list[Entry]) -> list[MeasuredTable]:
         "library_versions": "DeepGEMM, FlashMLA, FlashInfer, FlashAttention-3; versions not said",
         "date": "not said",
     }
-    keys = np.array([repr((op, dtype, tuple(where), sorted(facts.items()))) for op, dtype, where, facts, _ in entries])
+    keys = pa.array([repr((op, dtype, tuple(where), sorted(facts.items()))) for op, dtype, where, facts, _ in entries])
     tables = []
     for _, which in split({"key": keys}):
         op, dtype, where, facts, _ = entries[which[0]]

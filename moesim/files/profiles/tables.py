@@ -85,8 +85,8 @@ def _rows(table: MeasuredTable, axes: list[str], facts: list[str]) -> pa.Table:
     return pa.table(columns)
 
 
-def read_tables(path: str | os.PathLike[str]) -> list[MeasuredTable]:
-    """The tables in the file `path`, checked against every rule.
+def read_tables(path: str | os.PathLike[str], device: str | None = None) -> list[MeasuredTable]:
+    """The tables in the file `path`, checked against every rule; none where it is of another device than the one asked.
 
     Raises:
         ValueError: the file is missing, is no profile, or breaks rules; all mistakes are listed, one a line.
@@ -95,14 +95,14 @@ def read_tables(path: str | os.PathLike[str]) -> list[MeasuredTable]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; write one with `moesim profile import`")
     try:
-        rows = pq.ParquetFile(path, page_checksum_verification=True).read()
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        header = _header(file.schema_arrow)
+        if device and isinstance(header, dict) and header.get("device") != device:
+            return []
+        rows = file.read()
         rows.validate(full=True)
     except (OSError, ValueError, pa.ArrowException) as error:  # damage shows as any of them
         raise ValueError(f"{path}: not a whole Parquet file ({error}); write the profile again") from error
-    try:
-        header = json.loads((rows.schema.metadata or {}).get(METADATA_KEY, b"null"))
-    except ValueError:
-        header = None
     mistakes = _header_mistakes(header)
     if not mistakes:
         mistakes = _column_mistakes(rows, header)
@@ -110,17 +110,25 @@ def read_tables(path: str | os.PathLike[str]) -> list[MeasuredTable]:
     return _tables(rows, header, path)
 
 
-def load_profile(path: str | os.PathLike[str]) -> MeasuredTables:
-    """All tables of a profile: one file, or the .parquet files of a folder.
+def _header(schema: pa.Schema) -> Any:
+    try:
+        return json.loads((schema.metadata or {}).get(METADATA_KEY, b"null"))
+    except ValueError:
+        return None
+
+
+def load_profile(path: str | os.PathLike[str], device: str | None = None) -> MeasuredTables:
+    """All tables of a profile, or those of one device of it: one file, or the .parquet files anywhere in a folder.
 
     Raises:
-        ValueError: there is no such file or folder, none in it, they are of several devices, or one has mistakes.
+        ValueError: there is no such file or folder, none in it, they are of several devices and none was asked for, or
+            one has mistakes.
     """
     path = Path(path)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path}: no .parquet file in it; make a profile with `moesim profile`")
-    tables = [table for file in files for table in read_tables(file)]
+    tables = [table for file in files for table in read_tables(file, device)]
     if len(devices := sorted({table.device for table in tables})) > 1:
         raise ValueError(f"{path}: holds tables of {', '.join(devices)}; a profile is of one device: part them")
     return MeasuredTables(tables)
@@ -179,13 +187,13 @@ def _column_mistakes(rows: pa.Table, header: dict[str, Any]) -> list[str]:
 def _tables(rows: pa.Table, header: dict[str, Any], path: Path) -> list[MeasuredTable]:
     """One table for each combination of op, dtype, facts, and of which axes there are."""
     numbers = {name: _numbers(rows, name) for name in (*header["axes"], *TIMES)}
-    words = {name: _words(rows, name) for name in ("op", "dtype", *header["facts"])}
+    words = {name: rows[name].cast(pa.string()).combine_chunks() for name in ("op", "dtype", *header["facts"])}
     known = np.array([~np.isnan(numbers[name]) for name in header["axes"]])
-    shape = np.array(["".join("01"[int(here)] for here in column) for column in known.T])
+    shape = pa.array((2 ** np.arange(len(known)) @ known).astype(str))
     tables, mistakes = [], []
     for said, which in split({**words, " shape": shape}):
-        axes = tuple(name for name, here in zip(header["axes"], said.pop(" shape"), strict=True) if here == "1")
-        op, dtype = said.pop("op"), said.pop("dtype")
+        axes = tuple(name for name in header["axes"] if not np.isnan(numbers[name][which[0]]))
+        op, dtype, _ = (said.pop(name, "") for name in ("op", "dtype", " shape"))
         low, middle, high = (numbers[name][which] for name in TIMES)
         points = np.stack([numbers[name][which] for name in axes], axis=1) if axes else np.empty((len(which), 0))
         spread = not (np.isnan(low).all() and np.isnan(high).all())
@@ -193,7 +201,7 @@ def _tables(rows: pa.Table, header: dict[str, Any], path: Path) -> list[Measured
             tables.append(
                 MeasuredTable(
                     op, dtype, header["device"], axes, points, middle, low if spread else None,
-                    high if spread else None, {name: text for name, text in said.items() if text}, header["provenance"],
+                    high if spread else None, said, header["provenance"],
                 )
             )  # fmt: skip
         except ValueError as error:
@@ -208,7 +216,3 @@ def _some(which: NDArray[np.int64]) -> str:
 
 def _numbers(rows: pa.Table, name: str) -> NDArray[np.float64]:
     return np.asarray(rows[name].to_numpy(), np.float64)
-
-
-def _words(rows: pa.Table, name: str) -> NDArray[np.str_]:
-    return np.array([text or "" for text in rows[name].to_pylist()], dtype=np.str_)

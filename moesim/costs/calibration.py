@@ -1,9 +1,10 @@
-"""The constants that kernels do not show: what each means, where its value starts, and where it may lie."""
+"""What kernels do not show: the constants, what each means and where it may lie, and a calibration that fitted them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,47 @@ CONSTANTS = (
 )  # fmt: skip
 
 NAMES = tuple(constant.name for constant in CONSTANTS)
+
+
+LEVEL = 0.9
+"""Share of held-out measurements that an interval is made to hold."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fitted constants and the residuals of predictions made without the runs they were made for.
+
+    Attributes:
+        values: name of a constant -> its value.
+        sources: name -> "fitted: ..." or "assumed: ..." where no run speaks of it.
+        low_ratio, high_ratio: ends of the 90 % interval of measured over predicted.
+        kernels: what priced the kernels, "roofline" or "measured tables: ..."; predictions must use the same.
+        facts: how many runs, which groups, errors.
+    """
+
+    values: Mapping[str, float]
+    sources: Mapping[str, str]
+    low_ratio: float
+    high_ratio: float
+    kernels: str
+    facts: Mapping[str, Any]
+
+    @property
+    def needs_tables(self) -> bool:
+        """Whether kernels were priced from measured tables."""
+        return self.kernels.startswith("measured")
+
+    def as_json(self) -> dict[str, Any]:
+        """The machine-readable shape of `moesim calibrate --json`, without the runs."""
+        constants = {
+            c.name: {
+                "value": self.values[c.name], "low": c.low, "high": c.high, "unit": c.unit,
+                "source": self.sources[c.name], "meaning": c.meaning,
+            }
+            for c in CONSTANTS
+        }  # fmt: skip
+        residuals = {"level": LEVEL, "low_ratio": self.low_ratio, "high_ratio": self.high_ratio}
+        return {"kernels": self.kernels, "constants": constants, "residuals": residuals, "facts": dict(self.facts)}
 
 
 def starting_values() -> Floats:
