@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,15 +47,24 @@ class Validation:
     """The cases of one validation, and further facts of it.
 
     facts: name -> number or words, such as the run-to-run spread of the machine.
+    aims: figure of `summary` -> the least and the most that each group should have.
     """
 
     name: str
     cases: tuple[Case, ...]
     facts: dict[str, Any]
+    aims: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    def groups(self) -> list[str]:
-        """Names of the groups, in order of appearance."""
-        return list(dict.fromkeys(case.group for case in self.cases))
+    def groups(self) -> dict[str, list[Case]]:
+        """Cases of each group, in order of appearance."""
+        found: dict[str, list[Case]] = {}
+        for case in self.cases:
+            found.setdefault(case.group, []).append(case)
+        return found
+
+    def missed(self, found: Mapping[str, float]) -> list[str]:
+        """Figures of a group's summary that are there and miss their aims."""
+        return [name for name, (least, most) in self.aims.items() if name in found and not least <= found[name] <= most]
 
     def as_json(self) -> dict[str, Any]:
         """The machine-readable shape of `moesim validate NAME --json`."""
@@ -66,7 +75,12 @@ class Validation:
             }
             for case in self.cases
         ]
-        return {"name": self.name, **summary(self.cases), "facts": self.facts, "table": table}
+        groups = {}
+        for group, cases in self.groups().items():
+            found = summary(cases)
+            groups[group] = {**found, "aims_missed": self.missed(found)}
+        said = {"facts": self.facts, "aims": {name: list(aim) for name, aim in self.aims.items()}, "groups": groups}
+        return {"name": self.name, **summary(self.cases), **said, "table": table}
 
 
 def summary(cases: Sequence[Case]) -> dict[str, float | int]:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import click
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moesim.validate.cases import Validation, summary
 
-SHOWN = (
-    ("rows", "{:d}"),
-    ("median_abs_error", "{:.1%}"),
-    ("p75_abs_error", "{:.1%}"),
-    ("p90_abs_error", "{:.1%}"),
-    ("bias", "{:+.1%}"),
-    ("coverage_90", "{:.0%}"),
-    ("baseline_median_abs_error", "{:.1%}"),
-    ("baseline_p90_abs_error", "{:.1%}"),
-)
-_HEADS = ("rows", "median error", "75th", "90th", "bias", "in 90 % interval", "roofline, median", "roofline, 90th")
+SHOWN = {
+    "rows": ("rows", "{:d}"),
+    "median_abs_error": ("median\nerror", "{:.1%}"),
+    "p75_abs_error": ("75th\nerror", "{:.1%}"),
+    "p90_abs_error": ("90th\nerror", "{:.1%}"),
+    "bias": ("\nbias", "{:+.1%}"),
+    "coverage_90": ("in 90 %\ninterval", "{:.0%}"),
+    "baseline_median_abs_error": ("roofline\nmedian", "{:.1%}"),
+    "baseline_p90_abs_error": ("roofline\n90th", "{:.1%}"),
+}
+"""Figures of a summary: head of the column, and how it is written."""
+WIDTH = 120
+"""Columns of a pipe, and the most of a terminal."""
 
 
 def print_skipped(name: str, path: Path, give: str, as_json: bool) -> None:
@@ -37,26 +41,58 @@ def print_validation(validation: Validation, as_json: bool, all_cases: bool = Fa
         click.echo(json.dumps(validation.as_json(), indent=2))
         return
     console = Console()
-    if not console.is_terminal:  # a pipe has no width to fold to
-        console = Console(width=160)
-    for name, said in validation.facts.items():
-        console.print(f"{name}: {f'{said:.4g}' if isinstance(said, float) else said}", highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for head in _HEADS:
-        table.add_column(head, justify="right")
-    groups = [group for group in validation.groups() if group]
-    rows = [(group, [case for case in validation.cases if case.group == group]) for group in groups]
-    for name, cases in [*rows, ("all", list(validation.cases))]:
-        found = summary(cases)
-        table.add_row(name, *(form.format(found[key]) if key in found else "-" for key, form in SHOWN))
-    console.print(table, highlight=False)
+    console = Console(width=min(console.width, WIDTH) if console.is_terminal else WIDTH)
+    facts = {**validation.facts, **({"aims": _aims(validation)} if validation.aims else {})}
+    for name, said in facts.items():
+        number = "{:.4g}" if isinstance(said, float) else "{:,}" if isinstance(said, int) else "{}"
+        console.print(f"{name}: {number.format(said)}", highlight=False, markup=False)
+    console.print(_summaries(validation), highlight=False)
     if all_cases:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for head in ("case", "measured (s)", "predicted (s)", "90 % interval", "error"):
-            table.add_column(head, justify="left" if head == "case" else "right")
-        for case in validation.cases:
-            interval = f"{case.low:.4g} to {case.high:.4g}"
-            error = f"{case.error:+.1%}{' fitted' if case.fitted else ''}"
-            table.add_row(case.case, f"{case.measured:.4g}", f"{case.predicted:.4g}", interval, error)
-        console.print(table, highlight=False)
+        console.print(_every_case(validation), highlight=False)
+
+
+def _aims(validation: Validation) -> str:
+    """Each aim in words, under the head of its column."""
+    said = []
+    for name, (least, most) in validation.aims.items():
+        head = " ".join(SHOWN[name][0].split())
+        said.append(f"{head} {f'{least:.0%} to' if least else 'at most'} {most:.0%}")
+    return f"{', '.join(said)}; ! misses its aim"
+
+
+def _table(heads: Iterable[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="right" if index else "left", vertical="bottom", overflow="fold")
+    return table
+
+
+def _summaries(validation: Validation) -> Table:
+    """A row for each group, those that start with the same word together, and one for all."""
+    table = _table(["", *(head for head, _ in SHOWN.values()), *(["aims\nmet"] if validation.aims else [])])
+    groups = {group: cases for group, cases in validation.groups().items() if group}
+    starts = [group.split()[0] for group in groups]
+    for index, (group, cases) in enumerate(groups.items()):
+        if index and starts[index] != starts[index - 1] and len(set(starts)) < len(starts):
+            table.add_section()
+        found = summary(cases)
+        missed = validation.missed(found)
+        met = f"{len(validation.aims) - len(missed)} of {len(validation.aims)}" if found["rows"] else "-"
+        table.add_row(escape(group), *_figures(found, missed), *([met] if validation.aims else []))
+    table.add_section()
+    table.add_row("all", *_figures(summary(validation.cases), []))
+    return table
+
+
+def _figures(found: Mapping[str, float], missed: Sequence[str]) -> list[str]:
+    written = {name: form.format(found[name]) if name in found else "-" for name, (_, form) in SHOWN.items()}
+    return [f"[red]!{figure}[/]" if name in missed else figure for name, figure in written.items()]
+
+
+def _every_case(validation: Validation) -> Table:
+    table = _table(("case", "measured (s)", "predicted (s)", "90 % interval", "error"))
+    for case in validation.cases:
+        interval = f"{case.low:.4g} to {case.high:.4g}"
+        error = f"{case.error:+.1%}{' fitted' if case.fitted else ''}"
+        table.add_row(escape(case.case), f"{case.measured:.4g}", f"{case.predicted:.4g}", interval, error)
+    return table
