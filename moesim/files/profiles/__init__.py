@@ -22,7 +22,13 @@ def import_profiles(directory: Path, format_name: str | None = None) -> Imported
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder; give the one that holds the tables")
     if format_name is None:
-        format_name = "aiconfigurator" if any(files_of_systems(directory)) else "infersim"
+        found = {"aiconfigurator": files_of_systems(directory), "infersim": directory.rglob("*.csv")}
+        format_name = next((name for name, files in found.items() if any(files)), None)
+    if format_name is None:
+        raise ValueError(
+            f"{directory}: no SYSTEM/FAMILY/BACKEND/VERSION/TABLE.parquet and no OPERATOR/[PHASE/]DEVICE/FILE.csv; "
+            "give the folder that holds the tables"
+        )
     return IMPORTERS[format_name](directory)
 
 

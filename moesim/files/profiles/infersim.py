@@ -8,6 +8,7 @@ with a scale for each 128 x 128 block. Sparse attention (dsa) and gated delta ne
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,33 +26,43 @@ Entry = tuple[str, str, dict[str, float], dict[str, str], float]
 
 
 def _gemm(row: Row, _: Path) -> list[Entry]:
-    return [("gemm", "fp8_block", {name: float(row[name]) for name in "mnk"}, {}, float(row["latency_us"]))]
+    return [("gemm", "fp8_block", {name: _positive(row, name) for name in "mnk"}, {}, _positive(row, "latency_us"))]
 
 
-def _grouped_gemm(row: Row, path: Path) -> list[Entry]:
-    hidden, inter = float(row["hidden_size"]), float(row["intermediate_size"])
-    shape = {"num_experts": float(row["num_local_experts"]), "m": float(row["tokens_per_expert"])}
-    facts = {"phase": path.parts[-3], "distribution": "balanced"}
+def _positive(row: Row, name: str) -> float:
+    value = float(row[name])
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, not {row[name]}")
+    return value
+
+
+def _grouped_gemm(row: Row, where: Path) -> list[Entry]:
+    hidden, inter = _positive(row, "hidden_size"), _positive(row, "intermediate_size")
+    shape = {"num_experts": _positive(row, "num_local_experts"), "m": _positive(row, "tokens_per_expert")}
+    facts = {"phase": where.parts[1], "distribution": "balanced"}
     return [
-        ("grouped_gemm", "fp8_block", {**shape, "n": 2 * inter, "k": hidden}, facts, float(row["up_proj_us"])),
-        ("grouped_gemm", "fp8_block", {**shape, "n": hidden, "k": inter}, facts, float(row["down_proj_us"])),
+        ("grouped_gemm", "fp8_block", {**shape, "n": 2 * inter, "k": hidden}, facts, _positive(row, "up_proj_us")),
+        ("grouped_gemm", "fp8_block", {**shape, "n": hidden, "k": inter}, facts, _positive(row, "down_proj_us")),
     ]
 
 
-def _attention(row: Row, path: Path) -> list[Entry]:
-    kind, phase = path.parts[-4:-2]
-    heads, second, third = (float(side) for side in path.stem.split("-"))
+def _attention(row: Row, where: Path) -> list[Entry]:
+    kind, phase = where.parts[:2]
+    sides = where.stem.split("-")
+    if phase not in ("prefill", "decode") or len(sides) != 3:
+        raise ValueError(f"the path must be {kind}/prefill|decode/DEVICE/HEADS-KVHEADS-HEADDIM.csv")
+    heads, second, third = map(float, sides)
     shape = {"num_heads": heads}
-    facts = {"head_dims": path.stem}
+    facts = {"head_dims": where.stem}
     if kind == "mha":
         shape |= {"num_kv_heads": second, "head_dim": third}
         facts = {}
     op = {"mha": "attention", "mla": "mla"}[kind]
     if phase == "prefill":
-        where = {"batch_size": 1.0, **shape, "seq_len": float(row["seq_len"])}
-        return [(f"context_{op}", row["dtype"], where, facts, float(row["latency_us"]))]
-    where = {"batch_size": float(row["batch_size"]), **shape, "kv_len": float(row["kv_len"])}
-    return [(f"generation_{op}", row["kv_dtype"], where, facts, float(row["latency_us"]))]
+        point = {"batch_size": 1.0, **shape, "seq_len": _positive(row, "seq_len")}
+        return [(f"context_{op}", row["dtype"], point, facts, _positive(row, "latency_us"))]
+    point = {"batch_size": _positive(row, "batch_size"), **shape, "kv_len": _positive(row, "kv_len")}
+    return [(f"generation_{op}", row["kv_dtype"], point, facts, _positive(row, "latency_us"))]
 
 
 READERS: dict[str, Callable[[Row, Path], list[Entry]]] = {
@@ -80,25 +91,25 @@ def import_infersim(directory: Path) -> Imported:
             found.left_out.append(f"{where.as_posix()}: an operator that has no use here")
             continue
         rows = _rows(path)
-        for number, row in enumerate(rows, start=2):
+        for number, row in rows.items():
             try:
-                entries.setdefault(path.parts[-2], []).extend(reader(row, path))
-            except (KeyError, ValueError, TypeError) as error:
-                raise ValueError(
-                    f"{path}: line {number}: {error} lacks or is no number; fetch the file again"
-                ) from error
+                entries.setdefault(path.parts[-2], []).extend(reader(row, where))
+            except KeyError as error:
+                raise ValueError(f"{path}: line {number}: column {error} lacks; fetch the file again") from error
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number}: {error}; fetch the file again") from error
         found.read.append(f"{where.as_posix()}: {len(rows)} rows")
     for device, given in entries.items():
         found.tables[f"{device}/infersim"] = _tables(device, given)
     return found
 
 
-def _rows(path: Path) -> list[Row]:
-    """One of the files of decode attention has lost its head."""
+def _rows(path: Path) -> dict[int, Row]:
+    """Rows by the number of their line. One of the files of decode attention has lost its head."""
     with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
-    head = lines.pop(0) if lines and not any("." in word for word in lines[0]) else DECODE_HEAD
-    return [dict(zip(head, line, strict=False)) for line in lines]
+        lines = dict(enumerate(csv.reader(file), start=1))
+    head = lines.pop(1) if lines and not any("." in word for word in lines[1]) else DECODE_HEAD
+    return {number: dict(zip(head, line, strict=False)) for number, line in lines.items()}
 
 
 def _tables(device: str, entries: list[Entry]) -> list[MeasuredTable]:

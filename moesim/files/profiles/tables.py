@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,19 @@ def write_tables(tables: Sequence[MeasuredTable], path: str | os.PathLike[str]) 
     """Write tables of one device and one provenance to `path`; the file appears whole or not at all.
 
     Raises:
-        ValueError: there are no tables, they differ in device or provenance, or the file cannot be written.
+        ValueError: there are no tables, they differ in device or provenance, two are of the same operator, format,
+            axes and facts, a name is used for two things, or the file cannot be written.
     """
     path = Path(path)
     mistakes = [] if path.suffix == ".parquet" else ["a profile is Parquet; give a name that ends with .parquet"]
     if len({(table.device, json.dumps(dict(table.provenance), sort_keys=True)) for table in tables}) != 1:
         mistakes.append("tables of one device and one provenance make a file; write the others to files of their own")
+    kinds = Counter((table.op, table.dtype, frozenset(table.axes), frozenset(table.facts.items())) for table in tables)
+    mistakes += [
+        f"{number} tables of {op} in {dtype} have the same axes and facts; merge them, or tell them apart by a fact"
+        for (op, dtype, _, _), number in kinds.items()
+        if number > 1
+    ]
     raise_all(str(path), mistakes)
     axes = list(dict.fromkeys(name for table in tables for name in table.axes))
     facts = sorted({name for table in tables for name in table.facts})
@@ -60,7 +69,8 @@ def write_tables(tables: Sequence[MeasuredTable], path: str | os.PathLike[str]) 
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: cannot write the profile: {error}; choose a writable folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder is none, so that it cannot be there
+            temporary.unlink()
 
 
 def _rows(table: MeasuredTable, axes: list[str], facts: list[str]) -> pa.Table:
@@ -138,6 +148,11 @@ def _header_mistakes(header: Any) -> list[str]:
         names = header.get(name)
         if not isinstance(names, list) or len(names) < least or not all(isinstance(word, str) for word in names):
             found.append(f"header: {name} must be a list of at least {least} names of columns; given {names!r}")
+    if not found:
+        used = Counter(["op", "dtype", *TIMES, *header["axes"], *header["facts"]])
+        found += [
+            f"header: {name} is the name of two columns; rename the axis or fact" for name in used if used[name] > 1
+        ]
     said = header.get("provenance")
     if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
         found.append(f"header: provenance must be an object of strings; given {said!r}")
@@ -156,12 +171,18 @@ def _column_mistakes(rows: pa.Table, header: dict[str, Any]) -> list[str]:
         **dict.fromkeys((*header["axes"], *TIMES), number),
     }
     for name, kind in kinds.items():
-        if name not in rows.column_names:
-            found.append(f"column {name} lacks; the file has {', '.join(rows.column_names)}")
+        if rows.column_names.count(name) != 1:
+            found.append(f"column {name} must be there once; the file has {', '.join(rows.column_names)}")
         elif rows.schema.field(name).type != kind:
             found.append(f"column {name} must be {kind}; given {rows.schema.field(name).type}")
         elif name in ("op", "dtype", "p50_s") and rows[name].null_count:
             found.append(f"column {name}: must not be null; fill it in ({rows[name].null_count} rows)")
+        elif kind == number:
+            values = _numbers(rows, name)
+            wrong = ~(np.isfinite(values) & (values > 0)) & ~rows[name].is_null().to_numpy()
+            if wrong.any():
+                row = int(wrong.argmax())
+                found.append(f"column {name}: must be positive and finite; given {values[row]} in row {row}")
     return found
 
 
@@ -169,7 +190,7 @@ def _tables(rows: pa.Table, header: dict[str, Any], path: Path) -> list[Measured
     """One table for each combination of op, dtype, facts, and of which axes there are."""
     numbers = {name: _numbers(rows, name) for name in (*header["axes"], *TIMES)}
     words = {name: rows[name].cast(pa.string()).combine_chunks() for name in ("op", "dtype", *header["facts"])}
-    known = np.array([~np.isnan(numbers[name]) for name in (*header["axes"], "p20_s")])
+    known = np.array([~np.isnan(numbers[name]) for name in header["axes"]])
     shape = pa.array((2 ** np.arange(len(known)) @ known).astype(str))
     tables, mistakes = [], []
     for said, which in split({**words, " shape": shape}):
