@@ -21,6 +21,11 @@ from moesim.routing.trace import RoutingTrace
 from moesim.workload import Workload
 
 
+def _is_of(name: str, device: str) -> bool:
+    """Whether another source's name, such as h100_sxm, is of the device, such as h100-sxm-80gb."""
+    return set(re.split("[-_]", name.lower())) <= set(re.split("[-_]", device.lower()))
+
+
 @dataclass(frozen=True, eq=False)
 class Scenario:
     """One model on one machine, laid out one way, under one load, with one set of policies.
@@ -77,12 +82,14 @@ class Scenario:
         elif self.trace.origin != "trained":
             found.append(f"the routing is {self.trace.origin}, not that of a trained model")
         device = self.cluster.device.name
-        timed = {table.device for table in self.tables.tables}
         found += [
             f"the profile was measured on {other}, the machine has {device}: its kernels are priced as {other}'s"
-            for other in sorted(timed)
-            if not set(re.split("[-_]", other.lower())) <= set(re.split("[-_]", device.lower()))
+            for other in sorted({table.device for table in self.tables.tables})
+            if not _is_of(other, device)
         ]
+        groups = self.calibration.facts.get("groups", []) if self.calibration else []
+        if groups and not any(_is_of(word, device) for group in groups for word in group.split()):
+            found.append(f"the calibration was fitted to {', '.join(groups)}; none of them ran on {device}")
         return found
 
     def mistakes(self) -> list[str]:

@@ -128,6 +128,14 @@ def test_a_run_and_the_model_that_calibrations_are_fitted_with_agree():
         assert predicted_N == pytest.approx(np.array(told), rel=0.08)
 
 
+def test_a_device_that_no_run_was_on_is_warned_of():
+    base, _, offloaded = load(QUICKSTART)
+    known = replace(made(), facts={"groups": ["gpt-oss-120b h100_sxm vllm"]})
+    assert not any("calibration" in said for said in replace(base, calibration=known).warnings())
+    (said,) = [x for x in replace(offloaded, calibration=known).warnings() if "calibration" in x]
+    assert said.endswith("none of them ran on rtx-4090")
+
+
 def test_fitted_constants_carry_over():
     served = [
         Run(f"{m} {n}", m, s, "any", 512, 64, n, 8, 5e-3 * n**0.2, etp=8)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from moesim.cli.validate.kernels import kernels_command
+from moesim.cli.validate.network import network_command
 from moesim.cli.validate.serving import serving_command
 from moesim.cli.validate.this_machine import this_machine_command
 
-COMMANDS: tuple[click.Command, ...] = (this_machine_command, kernels_command, serving_command)
+COMMANDS: tuple[click.Command, ...] = (this_machine_command, kernels_command, network_command, serving_command)
 
 
 @click.group("validate")

@@ -130,7 +130,9 @@ def load_profile(path: str | os.PathLike[str], device: str | None = None) -> Mea
         raise ValueError(f"{path}: no .parquet file in it; make a profile with `moesim profile`")
     tables = [table for file in files for table in read_tables(file, device)]
     if len(devices := sorted({table.device for table in tables})) > 1:
-        raise ValueError(f"{path}: holds tables of {', '.join(devices)}; a profile is of one device: part them")
+        raise ValueError(
+            f"{path}: holds tables of {', '.join(devices)}; a profile is of one device: give the folder of one"
+        )
     return MeasuredTables(tables)
 
 
