@@ -100,7 +100,7 @@ def test_a_profile_is_a_file_or_a_folder_of_them(tmp_path):
 def test_a_profile_is_of_one_device(tmp_path):
     write_tables([made()], tmp_path / "one.parquet")
     write_tables([made(device="another")], tmp_path / "two.parquet")
-    with pytest.raises(ValueError, match=r"holds tables of another, gpu; a profile is of one device: part them"):
+    with pytest.raises(ValueError, match=r"holds tables of another, gpu; a profile is of one device"):
         load_profile(tmp_path)
 
 
