@@ -111,7 +111,7 @@ def test_a_small_model_on_this_machine_is_predicted():
         assert not row["fitted"] and row["group"].split(", ")[0] in ("prefill", "decode")
     facts = found["facts"]
     assert facts["threads"] == 1 and facts["rounds"] >= 1 and facts["seconds"] < 120
-    assert {"cpu", "torch", "run_to_run_cpu", "run_to_run_wall", "wall_median_abs_error"} <= set(facts)
+    assert {"cpu", "torch", "run_to_run_spread_cpu", "run_to_run_spread_wall", "wall_median_abs_error"} <= set(facts)
 
 
 @pytest.mark.slow

@@ -90,7 +90,12 @@ MADE = Validation(
         *made_cases("h200_sxm from h100_sxm collectives, outside", 0.2, rows=1),
         *made_cases("h200_sxm moe", 0.0, rows=2, fitted=True),
     ),
-    {"held-out rows": 1050990, "spread": 0.0123456, "said": "a long line of words " * 12},
+    {
+        "held-out rows": 1050990,
+        "peak_bytes_per_s": 1.2344e11,
+        "run_to_run_spread": 0.0123456,
+        "said": "a long line of words " * 12,
+    },
     AIMS,
 )
 
@@ -100,7 +105,7 @@ def test_a_validation_at_a_glance(capsys):
     assert max(map(len, lines)) <= 120
     text = "\n".join(lines)
     assert "held-out rows: 1,050,990" in text
-    assert "spread: 0.01235" in text
+    assert "peak bytes per s: 1.234e+11" in text and "run to run spread: 1.2%" in text
     assert (
         "aims: median error at most 4%, 90th error at most 12%, in 90 % interval 85% to 95%; ! misses its aim" in text
     )

@@ -168,7 +168,7 @@ def _facts(
             for whole in wholes
             if len(samples.laps.get(whole.key, ())) > 1
         ]
-        facts[f"run_to_run_{name}"] = float(np.median(spreads)) if spreads else float("nan")
+        facts[f"run_to_run_spread_{name}"] = float(np.median(spreads)) if spreads else float("nan")
     found = summary(cases["wall_s"])
     facts |= {f"wall_{key}": found[key] for key in ("median_abs_error", "p90_abs_error", "bias", "coverage_90")}
     for model in dict.fromkeys(whole.shape.name for whole in wholes):

@@ -25,6 +25,8 @@ SHOWN = {
     "baseline_p90_abs_error": ("roofline\n90th", "{:.1%}"),
 }
 """Figures of a summary: head of the column, and how it is written."""
+SHARES = ("error", "bias", "coverage", "spread")
+"""Words in the names of facts that are shares of one."""
 WIDTH = 120
 """Columns of a pipe, and the most of a terminal."""
 
@@ -44,11 +46,17 @@ def print_validation(validation: Validation, as_json: bool, all_cases: bool = Fa
     console = Console(width=min(console.width, WIDTH) if console.is_terminal else WIDTH)
     facts = {**validation.facts, **({"aims": _aims(validation)} if validation.aims else {})}
     for name, said in facts.items():
-        number = "{:.4g}" if isinstance(said, float) else "{:,}" if isinstance(said, int) else "{}"
-        console.print(f"{name}: {number.format(said)}", highlight=False, markup=False)
+        console.print(f"{name.replace('_', ' ')}: {_written(name, said)}", highlight=False, markup=False)
     console.print(_summaries(validation), highlight=False)
     if all_cases:
         console.print(_every_case(validation), highlight=False)
+
+
+def _written(name: str, said: object) -> str:
+    """A fact: shares in percent, counts with commas."""
+    if isinstance(said, float):
+        return f"{said:.1%}" if any(word in SHARES for word in name.replace(",", "").split("_")) else f"{said:.4g}"
+    return f"{said:,}" if isinstance(said, int) else str(said)
 
 
 def _aims(validation: Validation) -> str:
