@@ -36,11 +36,14 @@ class Layout:
     """How a model lies on R ranks.
 
     num_redundant_experts: physical copies beyond E in each expert-parallel group.
+    num_shared_expert_ranks: ranks of each group that hold nothing but the shared expert, for the tokens of all; 0 has
+        every rank compute it for its own tokens.
     """
 
     attention: AttentionGrid = field(default_factory=AttentionGrid)
     experts: ExpertGrid = field(default_factory=ExpertGrid)
     num_redundant_experts: int = 0
+    num_shared_expert_ranks: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -83,8 +86,14 @@ class Layout:
                 break
         if model.moe_layers:
             routed = model.experts
-            slots = routed.num_experts + self.num_redundant_experts
-            if slots % e.ep:
+            slots, shared = routed.num_experts + self.num_redundant_experts, self.num_shared_expert_ranks
+            if shared and (not routed.shared_width or slots != e.ep - shared):
+                found.append(
+                    f"layout.num_shared_expert_ranks: with {shared} ranks of the shared expert, {model.name} must have "
+                    f"one, and the other {e.ep - shared} ranks one of {slots} experts each; "
+                    f"num_redundant_experts = {e.ep - shared - routed.num_experts}, or 0 ranks would do"
+                )
+            elif slots % (e.ep - shared):
                 fit = -routed.num_experts % e.ep
                 found.append(
                     f"layout.experts: ep = {e.ep} does not divide {routed.num_experts} experts + "

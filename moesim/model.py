@@ -70,6 +70,7 @@ class Experts:
         a zero-computation expert (MoE++): it can be chosen and costs nothing.
     shared_width: total intermediate width of the experts that see every token, 0 for none.
     residual_width: width of a dense network that runs beside the routed part (Arctic, PR-MoE), 0 for none.
+    num_groups, top_groups: groups that the experts are in, and of how many of them a token chooses (DeepSeek-V3).
     """
 
     expert_widths: tuple[int, ...]
@@ -80,6 +81,8 @@ class Experts:
     router_bias: bool = False  # a bias, or a score correction, per expert
     shared_gate: bool = False  # one sigmoid gate over the shared expert (Qwen-MoE)
     residual_width: int = 0
+    num_groups: int = 1
+    top_groups: int = 1
 
     @property
     def num_experts(self) -> int:

@@ -13,10 +13,13 @@ import numpy as np
 from moesim.costs import memory
 from moesim.costs.calibration import Calibration
 from moesim.costs.measured import MeasuredTables
+from moesim.faults import Faults
 from moesim.hardware import Cluster
 from moesim.layout import Layout
 from moesim.model import ModelSpec
 from moesim.policies import REGISTRIES, Policies
+from moesim.policies.collective import ALL_TO_ALLS
+from moesim.policies.placement import PLACEMENTS
 from moesim.routing.trace import RoutingTrace
 from moesim.workload import Workload
 
@@ -44,6 +47,7 @@ class Scenario:
     policies: Policies = field(default_factory=Policies)
     tables: MeasuredTables = field(default_factory=MeasuredTables)
     calibration: Calibration | None = None
+    faults: Faults = field(default_factory=Faults)
     engine: str = "simulate"
     seed: int = 0
     plain: Mapping[str, Any] = field(default_factory=dict)
@@ -95,7 +99,7 @@ class Scenario:
     def mistakes(self) -> list[str]:
         """Every rule that the parts break together, one sentence each; an empty list for a sound scenario."""
         found = self.layout.mistakes(self.model, self.cluster.num_ranks) + self.workload.mistakes()
-        found += self._policy_mistakes() + self._trace_mistakes()
+        found += self._policy_mistakes() + self._network_mistakes() + self._trace_mistakes()
         if any(layer.cross for layer in self.model.layers):
             found.append(
                 f"model: {self.model.name!r} is an encoder-decoder, which no step is lowered for yet; use a decoder"
@@ -134,11 +138,55 @@ class Scenario:
                 )
             if self.cluster.host is None:
                 found.append("policies.device_expert_fraction: the machine has no host memory to keep experts in")
+        places = PLACEMENTS.get(self.policies.placement)
+        if places is not None and places.needs_load and len(np.unique(self.trace.request_T)) < 2:
+            found.append(
+                f"policies.placement: {self.policies.placement!r} places by the load of requests that are not "
+                f"replayed; trace {self.trace.name!r} has one request"
+            )
         needs = getattr(REGISTRIES["prefetch"].get(self.policies.prefetch), "needs_predictions", False)
         if needs and not self.trace.predicted_HTLW:
             found.append(
                 f"policies.prefetch: {self.policies.prefetch!r} needs the next layers' predicted experts, which trace "
                 f'{self.trace.name!r} has not; use "none" or a trace captured with predictions'
+            )
+        return found
+
+    def _network_mistakes(self) -> list[str]:
+        """Of the network, of what is wrong with it, and of batches that overlap on it."""
+        policies, spread = self.policies, self.layout.experts.ep > 1
+        found = self.faults.mistakes(self.cluster)
+        if policies.network not in ("ports", "flows"):
+            found.append(f'policies.network: must be "ports" or "flows", given {policies.network!r}')
+        elif policies.network == "ports":
+            if self.faults.links:
+                found.append('faults.links: slow links are seen by flows only; set policies.network = "flows"')
+            algorithm = ALL_TO_ALLS.get(policies.all_to_all)
+            if algorithm is not None and algorithm.message is None:
+                found.append(
+                    f"policies.all_to_all: {policies.all_to_all!r} is known by its rounds of messages only; set "
+                    'policies.network = "flows"'
+                )
+        if policies.all_to_all == "rails" and self.layout.num_ranks % self.cluster.devices_per_node:
+            found.append("policies.all_to_all: 'rails' needs full nodes")
+        if policies.two_batch_overlap:
+            least = 2 * self.layout.attention.dp
+            if self.is_offloaded:
+                found.append(
+                    "policies.two_batch_overlap: not with experts in host memory; set one of them to its default"
+                )
+            if not spread and self.layout.attention.tp == 1:
+                found.append(
+                    "policies.two_batch_overlap: there is nothing to overlap with: one device holds all experts"
+                )
+            if self.workload.num_requests < least:
+                found.append(
+                    f"policies.two_batch_overlap: needs two requests in each of {least // 2} groups, given "
+                    f"num_requests = {self.workload.num_requests}; {least} would do"
+                )
+        if self.workload.num_speculative_tokens and self.is_offloaded:
+            found.append(
+                "workload.num_speculative_tokens: drafting is not modelled with experts in host memory; set it to 0"
             )
         return found
 

@@ -84,11 +84,13 @@ class Tally:
         prefill, decode = self._step_s["prefill"], self._step_s["decode"]
         num_requests = s.workload.num_requests
         total = sum(prefill) + sum(decode)
-        tokens = num_requests * len(decode)
+        gained = s.workload.tokens_per_decode
+        tokens = num_requests * len(decode) * gained
+        iteration_s = float(np.mean(decode)) if decode else 0.0
         metrics = {
             "output_tokens_per_s": tokens / sum(decode) if decode else 0.0,
             "output_tokens_per_s_per_device": tokens / sum(decode) / s.cluster.num_ranks if decode else 0.0,
-            "tpot_s": float(np.mean(decode)) if decode else 0.0,
+            "tpot_s": iteration_s / gained,
             "ttft_s": sum(prefill),
             "prefill_tokens_per_s": float(it.lengths_Q.sum()) / sum(prefill) if prefill else 0.0,
             "e2e_s": total,
@@ -101,11 +103,13 @@ class Tally:
             for phase, steps in self._step_s.items()
             if steps
         }
+        if gained > 1:
+            metrics["decode_iteration_s"] = iteration_s
         if self._imbalance:
             metrics["expert_load_max_to_mean_ratio"] = float(np.mean(self._imbalance))
         exposed = [n for n in breakdown.get("decode", {}) if n in _COMMUNICATION]
         if decode and s.cluster.num_ranks > 1:
-            metrics["exposed_communication_fraction"] = sum(breakdown["decode"][n] for n in exposed) / metrics["tpot_s"]
+            metrics["exposed_communication_fraction"] = sum(breakdown["decode"][n] for n in exposed) / iteration_s
         if it.store is not None:
             used = it.store.num_hits + it.store.num_misses
             metrics["expert_hit_rate"] = it.store.num_hits / used if used else 0.0

@@ -54,7 +54,7 @@ def pool_and_sampling(trace) -> dict[str, tuple[float, str]]:
     ep, windows = 32, 64
     rng = np.random.default_rng(0)
     node_R = (np.arange(ep) // 8).astype(np.int32)
-    placement = Contiguous().place(58, 256, 288, ep)
+    placement = Contiguous().place(288, ep, 8, np.zeros((58, 256)))
     rows_T = rng.permutation(trace.num_tokens)[:4096]
     pool = RoutingPool(trace.expert_ids_TLK, rows_T, placement, 256, ep, node_R)
     counter = Counter(placement, 256, ep, node_R)
@@ -126,7 +126,9 @@ def main() -> None:
     figures["decode_iterations_per_s_ep144"] = (statistics.median(rates), "iterations/s")
     figures["decode_tokens_per_s_ep144"] = (statistics.median(rates) * RANKS * TOKENS, "tokens/s")
 
-    counter = Counter(Contiguous().place(58, 256, 288, RANKS), 256, RANKS, (np.arange(RANKS) // 8).astype(np.int32))
+    counter = Counter(
+        Contiguous().place(288, RANKS, 8, np.zeros((58, 256))), 256, RANKS, (np.arange(RANKS) // 8).astype(np.int32)
+    )
     rows_B = np.random.default_rng(0).permutation(trace.num_tokens)[: RANKS * TOKENS]
     source_B = (np.arange(RANKS * TOKENS) % RANKS).astype(np.int32)
     times = [seconds(lambda: counter.count(trace.expert_ids_TLK, rows_B, source_B)) for _ in range(20)]

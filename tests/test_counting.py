@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.policies.placement import PLACEMENTS
+from moesim.policies.collective import LowLatency, Rails, Ranks, TokenTraffic
+from moesim.policies.placement import PLACEMENTS, Contiguous
 from moesim.routing.counting import Counter
 from moesim.routing.pool import RoutingPool
 from moesim.routing.synthetic import zipf_trace
@@ -22,7 +23,7 @@ from moesim.routing.synthetic import zipf_trace
 def test_counts_equal_a_plain_twin(name, ep, num_groups, redundant, seed):
     num_experts, num_slots, num_ranks = 8, 8 + redundant, ep * num_groups
     trace = zipf_trace(3, num_experts, 2, num_requests=6, prompt_tokens=3, output_tokens=2, seed=seed)
-    placement = PLACEMENTS[name]().place(3, num_experts, num_slots, ep)
+    placement = PLACEMENTS[name]().place(num_slots, ep, 4, np.ones((3, num_experts)))
     node_R = (np.arange(num_ranks) // 2).astype(np.int32)
     rng = np.random.default_rng(seed)
     rows_B = rng.integers(0, trace.num_tokens, 20)
@@ -55,6 +56,29 @@ def plain_counts(like, ids_BLK, source_B, choice_B, placement, node_R):
 
 
 @settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["choice", "node"]), st.sampled_from([2, 4, 8]), st.sampled_from([0, 8]), st.integers(0, 9))
+def test_other_messages_are_those_of_the_algorithms(message, ep, redundant, seed):
+    """By each rank's ports, counts are what the rounds of `LowLatency` and `Rails` add up to."""
+    num_ranks, ranks = 8, Ranks(8, 2)
+    trace = zipf_trace(3, 8, 2, num_requests=6, prompt_tokens=3, output_tokens=2, seed=seed)
+    placement = Contiguous().place(8 + redundant, ep, 2, np.ones((3, 8)))
+    rng = np.random.default_rng(seed)
+    rows_B, source_B = rng.integers(0, trace.num_tokens, 20), rng.integers(0, num_ranks, 20).astype(np.int32)
+    counter = Counter(placement, 8, num_ranks, ranks.node_R.astype(np.int32), message)
+    counts = counter.count(trace.expert_ids_TLK, rows_B, source_B)
+    counts = counter.with_targets(counts, trace.expert_ids_TLK, rows_B, source_B)
+    algorithm = {"choice": LowLatency, "node": Rails}[message]()
+    for layer, target_BK in enumerate(counts.target_LBK):
+        schedule = algorithm.dispatch(TokenTraffic.of(ranks, source_B.astype(np.int64), target_BK, 1.0))
+        expected = np.zeros((4, num_ranks))
+        for sends in schedule:
+            far_F = (ranks.node_R[sends.source_F] != ranks.node_R[sends.target_F]).astype(int)
+            np.add.at(expected, (far_F, sends.source_F), sends.bytes_F)
+            np.add.at(expected, (2 + far_F, sends.target_F), sends.bytes_F)
+        np.testing.assert_array_equal(counts.traffic_CLR[:, layer], expected)
+
+
+@settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(sorted(PLACEMENTS)),
     st.sampled_from([2, 4]),
@@ -65,7 +89,7 @@ def plain_counts(like, ids_BLK, source_B, choice_B, placement, node_R):
 def test_windows_of_the_pool_equal_a_plain_twin(name, ep, num_groups, redundant, seed):
     num_ranks = ep * num_groups
     trace = zipf_trace(3, 8, 2, num_requests=6, prompt_tokens=3, output_tokens=2, seed=seed)
-    placement = PLACEMENTS[name]().place(3, 8, 8 + redundant, ep)
+    placement = PLACEMENTS[name]().place(8 + redundant, ep, 4, np.ones((3, 8)))
     node_R = (np.arange(num_ranks) // 2).astype(np.int32)
     rng = np.random.default_rng(seed)
     rows_T = rng.permutation(trace.num_tokens)
@@ -83,7 +107,7 @@ def test_windows_of_the_pool_equal_a_plain_twin(name, ep, num_groups, redundant,
 def test_totals_that_wrap_around_leave_windows_exact():
     """A pool of more than 2^16 tokens that all choose the same expert: its totals pass 2^16."""
     ids_TLK = np.zeros((70_000, 1, 1), np.uint8)
-    placement = PLACEMENTS["contiguous"]().place(1, 2, 2, 2)
+    placement = PLACEMENTS["contiguous"]().place(2, 2, 2, np.zeros((1, 2)))
     pool = RoutingPool(ids_TLK, np.arange(70_000), placement, 2, 2, np.zeros(2, np.int32))
     for first, tokens in ((0, 65_535), (65_500, 100), (69_990, 20)):
         counts = pool.count(np.array([0, first]), np.array([0, tokens]))
@@ -92,7 +116,7 @@ def test_totals_that_wrap_around_leave_windows_exact():
 
 def test_windows_outside_the_pool_are_refused():
     ids_TLK = np.zeros((10, 1, 1), np.uint8)
-    placement = PLACEMENTS["contiguous"]().place(1, 2, 2, 2)
+    placement = PLACEMENTS["contiguous"]().place(2, 2, 2, np.zeros((1, 2)))
     pool = RoutingPool(ids_TLK, np.arange(10), placement, 2, 2, np.zeros(2, np.int32))
     for first, tokens in ((10, 1), (-1, 1), (0, 11), (0, -1)):
         with pytest.raises(ValueError, match=r"windows must start in 0\.\.9 and hold at most 10 tokens"):
@@ -100,7 +124,7 @@ def test_windows_outside_the_pool_are_refused():
 
 
 def test_a_placement_without_a_home_for_an_expert_is_refused():
-    placement = PLACEMENTS["contiguous"]().place(1, 8, 8, 4)
+    placement = PLACEMENTS["contiguous"]().place(8, 4, 4, np.zeros((1, 8)))
     placement.slot_expert_LP[0, 3] = 0
     try:
         Counter(placement, 8, 4, np.zeros(4, np.int32))

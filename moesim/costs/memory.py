@@ -43,9 +43,12 @@ def device_bytes(
             widest = max(widest, layer.ffn.width // tp)
         elif isinstance(layer.ffn, Experts):
             other += layer.ffn.router_params(h) * size[model.dtypes.dense]
-            other += layer.ffn.shared_params(h) * size[model.dtypes.dense] / shared_cut
+            if not layout.num_shared_expert_ranks:
+                other += layer.ffn.shared_params(h) * size[model.dtypes.dense] / shared_cut
             largest = layer.ffn.expert_params(h, max(layer.ffn.expert_widths)) * size[model.dtypes.experts]
-            slots = (layer.ffn.num_experts + layout.num_redundant_experts) / layout.experts.ep
+            slots = (layer.ffn.num_experts + layout.num_redundant_experts) / (
+                layout.experts.ep - layout.num_shared_expert_ranks
+            )
             experts += math.ceil(slots * device_expert_fraction) * largest / layout.experts.etp
             widest = max(widest, layer.ffn.top_k * max(layer.ffn.expert_widths) // layout.experts.etp)
     activations = batched_tokens * (4 * h + 2 * widest) * size[model.dtypes.activation]

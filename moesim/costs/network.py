@@ -9,27 +9,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.costs.compute import efficiency
-from moesim.hardware import Cluster, Link
+from moesim.hardware import Cluster, Efficiency, Link
 
 Floats = NDArray[np.float64]
 
 
-def all_to_all_s(traffic_CLR: NDArray[np.int32], token_bytes: float, cluster: Cluster, bound: str = "value") -> Floats:
+def reached_fractions(
+    cluster: Cluster, bound: str = "value", reached: tuple[Efficiency, Efficiency] | None = None
+) -> tuple[float, float]:
+    """Share of a link's rate that a collective reaches inside a node and beyond; the device's where it says none."""
+    if reached is None:
+        return (efficiency(cluster.device, "network", bound),) * 2
+    return getattr(reached[0], bound), getattr(reached[1], bound)
+
+
+def all_to_all_s(
+    traffic_CLR: NDArray[np.int32],
+    token_bytes: float,
+    cluster: Cluster,
+    bound: str = "value",
+    reached: tuple[Efficiency, Efficiency] | None = None,
+) -> Floats:
     """Dispatch (or combine) seconds for each layer and rank, [L, R].
 
     seconds = max over levels of max(sent, received) x token_bytes / bandwidth
 
     Args:
-        traffic_CLR: tokens sent inside the node, sent outside, received inside, received outside.
-        token_bytes: bytes of one token's message.
+        traffic_CLR: messages sent inside the node, sent outside, received inside, received outside.
+        token_bytes: bytes of one message.
+        reached: see `reached_fractions`.
 
-    Source: alpha-beta model with per-level injection limits; one message per token and destination rank as in
-        DeepEP's low-latency kernels.
+    Source: alpha-beta model with per-level injection limits; both levels move at once, as in DeepEP's kernels.
     Holds for: full bisection at each level, so that only a rank's own ports limit it.
     """
-    achieved = efficiency(cluster.device, "network", bound)
-    near = np.maximum(traffic_CLR[0], traffic_CLR[2]) * (token_bytes / (cluster.scale_up.bytes_per_s * achieved))
-    far = np.maximum(traffic_CLR[1], traffic_CLR[3]) * (token_bytes / (cluster.scale_out.bytes_per_s * achieved))
+    near_fraction, far_fraction = reached_fractions(cluster, bound, reached)
+    near = np.maximum(traffic_CLR[0], traffic_CLR[2]) * (token_bytes / (cluster.scale_up.bytes_per_s * near_fraction))
+    far = np.maximum(traffic_CLR[1], traffic_CLR[3]) * (token_bytes / (cluster.scale_out.bytes_per_s * far_fraction))
     return np.asarray(np.maximum(near, far))
 
 

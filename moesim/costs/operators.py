@@ -41,6 +41,10 @@ class Timed:
         """Each entry along the last axis several times in a row."""
         return Timed(np.repeat(self.seconds, times, axis=-1), self.rests_X)
 
+    def taken(self, index: Sequence[int]) -> Timed:
+        """Entries along the first axis."""
+        return Timed(self.seconds[list(index)], self.rests_X)
+
     def scaled(self, factor: float) -> Timed:
         """Times a fitted factor: what rested on measurements alone is fitted now."""
         rests_X = factor * self.rests_X

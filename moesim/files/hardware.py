@@ -205,11 +205,15 @@ def load_cluster(expression: str) -> Cluster:
     """A machine: a node by name or path ("hgx-h100", "my/box.toml"), "18 x hgx-h100", or a bare device.
 
     Several nodes are joined by a rail-optimised fat tree: NIC i of every node on the leaf switches of rail i.
+    "48 of gb200-nvl72" is one node of which so many devices, the first ones, are used.
 
     Raises:
         ValueError: lists every mistake of the expression and the files behind it.
     """
     mistakes: list[str] = []
+    part = re.fullmatch(r"(?P<n>\d+)\s+of\s+(?P<node>\S+)", expression.strip())
+    if part:
+        return _first(load_cluster(part["node"]), int(part["n"]))
     num_nodes, name = _parse(expression, mistakes)
     nodes, devices = _shipped("nodes"), device_names()
     cluster = None
@@ -231,3 +235,12 @@ def load_cluster(expression: str) -> Cluster:
     raise_all(f"hardware {expression!r}", mistakes)
     assert cluster is not None
     return cluster
+
+
+def _first(whole: Cluster, num_devices: int) -> Cluster:
+    if not 1 <= num_devices <= whole.devices_per_node:
+        raise ValueError(
+            f"hardware: {whole.name!r} has {whole.devices_per_node} devices, of which 1 to {whole.devices_per_node} "
+            f"can be used, given {num_devices}"
+        )
+    return replace(whole, name=f"{num_devices} of {whole.name}", devices_per_node=num_devices)

@@ -151,6 +151,8 @@ def read_experts(keys: Keys, family: Family) -> Experts:
         router_bias=keys.flag("router_bias", family.router_bias) or family.router_bias,
         shared_gate=family.shared_gate and shared > 0,
         residual_width=keys.count("residual_intermediate_size", 0, minimum=0),
+        num_groups=keys.count("n_group", 1),
+        top_groups=keys.count("topk_group", 1),
     )
 
 

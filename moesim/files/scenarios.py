@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moesim.costs.measured import MeasuredTables
+from moesim.faults import Faults
 from moesim.files.counts import is_count_file, read_counts
 from moesim.files.hardware import load_cluster
 from moesim.files.keys import nearest
@@ -29,14 +30,17 @@ from moesim.files.traces import read_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.model import BYTES_PER_PARAM, Dtypes, ModelSpec
 from moesim.policies import Policies
-from moesim.routing.synthetic import zipf_trace
+from moesim.routing.synthetic import even_trace, zipf_trace
 from moesim.routing.trace import RoutingTrace
 from moesim.scenario import Scenario
 from moesim.workload import Workload
 
 T = TypeVar("T")
 _SCALARS = ("name", "model", "hardware", "profile", "calibration", "trace", "engine", "seed")
-_TABLES: dict[str, type] = {"layout": Layout, "workload": Workload, "policies": Policies, "dtypes": Dtypes}
+_TABLES: dict[str, type] = {
+    "layout": Layout, "workload": Workload, "policies": Policies, "dtypes": Dtypes,
+    "faults": Faults,
+}  # fmt: skip
 
 
 def trace_names() -> tuple[str, ...]:
@@ -190,6 +194,7 @@ def _build(
         workload=parts["workload"],
         trace=parts["trace"],
         policies=parts.get("policies", Policies()),
+        faults=parts.get("faults", Faults()),
         tables=parts.get("profile", MeasuredTables()),
         calibration=parts.get("calibration"),
         engine=engine,
@@ -202,11 +207,15 @@ def _build(
 
 
 def _is_made_up(trace: str) -> bool:
-    return trace.partition(":")[0] == "zipf"
+    return trace == "even" or trace.partition(":")[0] == "zipf"
 
 
 def _made_up(model: ModelSpec, text: str) -> RoutingTrace:
-    """A synthetic trace of the model's routing shape: "zipf", or "zipf:EXPONENT"."""
+    """A synthetic trace of the model's routing shape: "even", "zipf", or "zipf:EXPONENT"."""
+    if text == "even":
+        ffn = model.experts
+        groups = ffn.num_groups, ffn.top_groups
+        return even_trace(len(model.moe_layers), ffn.num_experts, ffn.top_k, *groups)
     try:
         exponent = float(text.partition(":")[2] or 0.5)
     except ValueError:
@@ -252,7 +261,7 @@ def _options(hint: Any) -> tuple[type, ...]:
 def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return bool in _options(hint)
-    kinds = tuple((int, float) if kind is float else (kind,) for kind in _options(hint))
+    kinds = tuple((int, float) if kind is float else (typing.get_origin(kind) or kind,) for kind in _options(hint))
     return isinstance(value, tuple(k for group in kinds for k in group))
 
 

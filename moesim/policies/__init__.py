@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moesim.policies.cache import CACHES
+from moesim.policies.collective import ALL_TO_ALLS
 from moesim.policies.placement import PLACEMENTS
 from moesim.policies.prefetch import PREFETCHERS
 
@@ -11,6 +12,7 @@ REGISTRIES: Mapping[str, Mapping[str, type]] = {
     "placement": PLACEMENTS,
     "cache": CACHES,
     "prefetch": PREFETCHERS,
+    "all_to_all": ALL_TO_ALLS,
 }
 """Kind -> name -> class."""
 
@@ -21,12 +23,18 @@ class Policies:
 
     device_expert_fraction: share of each layer's experts that device memory holds; the others stay in host memory and
         are copied when they are needed. 1 keeps all of them on the device.
+    two_batch_overlap: each group's requests are cut in two batches; one computes while the other communicates.
+    network: "ports": what limits a collective is each rank's own ports; "flows": routes over the topology, on whose
+        links flows share (`simulate` plays them; `estimate` takes the fullest link).
     """
 
     placement: str = "contiguous"
     cache: str = "lru"
     prefetch: str = "none"
     device_expert_fraction: float = 1.0
+    all_to_all: str = "flat"
+    two_batch_overlap: bool = False
+    network: str = "ports"
 
 
 __all__ = ["REGISTRIES", "Policies"]

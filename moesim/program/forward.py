@@ -3,14 +3,16 @@
 Per layer, on each rank: attention; with tensor parallelism an all-reduce; then a dense network, or router, dispatch,
 shared experts beside it, experts, combine. With tp > 1 and spread experts the all-reduce is cut in its two halves,
 around the experts, and each rank dispatches its share of the group's tokens.
+
+With two batches, each part of a layer is there twice, one after the other on each stream: while one batch's tokens are
+on their way, the other one computes. Layers that draft further tokens stand behind the model's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import cast
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +22,9 @@ from moesim.costs.operators import Operators, Timed, stacked
 from moesim.hardware import SOURCES, Cluster
 from moesim.layout import Layout
 from moesim.mixers import Attention, LatentAttention, Mamba, Mixer
-from moesim.model import BYTES_PER_PARAM, Dense, Experts, ModelSpec
-from moesim.program.operation import Costs, Draft, Fragment, Program
+from moesim.model import BYTES_PER_PARAM, Dense, Experts, Layer, ModelSpec
+from moesim.program.exchange import Exchange
+from moesim.program.operation import Costs, Draft, Fragment, Operation, Program
 from moesim.routing.counting import Counts
 
 Floats = NDArray[np.float64]
@@ -39,6 +42,7 @@ class Batch:
         group_Q: data-parallel group of each request.
         rows_B: row of the trace for each token.
         group_B: data-parallel group of each token.
+        queries: in decode, tokens of each request that are computed at once: one, and those drafted.
     """
 
     phase: str
@@ -46,12 +50,30 @@ class Batch:
     group_Q: NDArray[np.int64]
     rows_B: NDArray[np.int64]
     group_B: NDArray[np.int64]
+    queries: int = 1
+
+    def halves(self, num_groups: int) -> tuple[Batch, Batch]:
+        """The first half of the requests of each group, and the other one; in prefill, of about as many tokens."""
+        weight_Q = self.lengths_Q if self.phase == "prefill" else np.ones_like(self.lengths_Q)
+        total_D = np.bincount(self.group_Q, weight_Q, num_groups)
+        order = np.argsort(self.group_Q, kind="stable")
+        before_Q = np.empty(len(order))
+        before_Q[order] = np.cumsum(weight_Q[order]) - weight_Q[order] / 2
+        start_D = np.concatenate([[0], np.cumsum(total_D)[:-1]])
+        first_Q = before_Q - start_D[self.group_Q] < total_D[self.group_Q] / 2
+        first_B = np.repeat(first_Q, self.lengths_Q if self.phase == "prefill" else self.queries)
+        return self._part(first_Q, first_B), self._part(~first_Q, ~first_B)
+
+    def _part(self, in_Q: NDArray[np.bool_], in_B: NDArray[np.bool_]) -> Batch:
+        return Batch(
+            self.phase, self.lengths_Q[in_Q], self.group_Q[in_Q], self.rows_B[in_B], self.group_B[in_B], self.queries
+        )
 
     def pairs_D(self, num_groups: int, window: int | None) -> Floats:
         """Query-key pairs of one layer in each group: causal in prefill, the whole context in decode."""
         n = self.lengths_Q.astype(np.float64)
         if self.phase == "decode":
-            pairs = n if window is None else np.minimum(n, window)
+            pairs = self.queries * (n if window is None else np.minimum(n, window))
         else:
             w = n if window is None else np.minimum(n, window)
             pairs = n * w - w * (w - 1) / 2
@@ -63,6 +85,77 @@ class Batch:
         return np.bincount(self.group_Q, n, num_groups).astype(np.float64)
 
 
+def drafting_layer(model: ModelSpec) -> Layer:
+    """The model's own layer for multi-token prediction, or one like its last."""
+    return (*model.mtp_layers, model.layers[-1])[0]
+
+
+@dataclass
+class _Lowering:
+    """Layers as operations, for each of the batches that overlap.
+
+    rows: (name, batch) -> ids of its operations, one a layer; last: what the next operation of each batch waits for.
+    """
+
+    draft: Draft
+    rows: dict[tuple[str, int], list[int]]
+    num_batches: int
+    is_cut: bool  # by tensor parallelism
+    is_spread: bool
+
+    def __post_init__(self) -> None:
+        self.after: list[tuple[int, ...]] = [()] * self.num_batches
+
+    @property
+    def last(self) -> tuple[int, ...]:
+        return tuple(op for after in self.after for op in after)
+
+    def add(self, place: int, name: str, layer: int, resource: str, group: str = "rank") -> int:
+        op = self.draft.add(name, layer, resource, group, self.after[place])
+        self.rows.setdefault((name, place), []).append(op)
+        self.after[place] = (op,)
+        return op
+
+    def add_all(self, name: str, layer: int, resource: str, group: str = "rank") -> None:
+        for place in range(self.num_batches):
+            self.add(place, name, layer, resource, group)
+
+    def attention(self, layer: int, cut: bool) -> None:
+        """Attention; with tensor parallelism an all-reduce, or the first half of one."""
+        for place in range(self.num_batches):
+            self.add(place, "attention", layer, "compute")
+            if self.is_cut:
+                self.add(place, "reduce_scatter" if cut else "allreduce", layer, "network", "tp")
+
+    def dense(self, layer: int) -> None:
+        for place in range(self.num_batches):
+            self.add(place, "dense", layer, "compute")
+            if self.is_cut:
+                self.add(place, "allreduce", layer, "network", "tp")
+
+    def experts(self, layer: int, has_shared: bool, expand: Callable[[int, int], Fragment] | None) -> None:
+        """Router and dispatch of each batch, then its experts, then its way back."""
+        routers = []
+        for place in range(self.num_batches):
+            routers.append(self.add(place, "router", layer, "compute"))
+            if self.is_spread:
+                self.add(place, "dispatch", layer, "network", "ep")
+        for place in range(self.num_batches):
+            arrived = self.after[place]
+            if has_shared:
+                self.after[place] = (routers[place],)
+                shared = self.add(place, "shared_experts", layer, "compute")
+                self.after[place] = (*arrived, shared)
+            if expand is not None:
+                self.after[place] = (self.draft.choose("fetch", layer, 0, expand, self.after[place]),)
+            else:
+                self.add(place, "experts", layer, "compute")
+            if self.is_spread:
+                self.add(place, "combine", layer, "network", "ep")
+            if self.is_cut:
+                self.add(place, "all_gather" if self.is_spread else "allreduce", layer, "network", "tp")
+
+
 class Forward:
     """One model on one layout: a program, and its price for any batch.
 
@@ -70,6 +163,10 @@ class Forward:
         slot_params_LRS: parameters of the expert (or slice of one) in each slot of each expert rank.
         expand: where given, experts are not one operation but a choice that falls when the router is done.
         operators: of the machine's device, for a bound; rooflines if None.
+        exchange: how tokens reach spread experts; flat, by each rank's ports, if None.
+        num_batches: 1, or 2 that overlap.
+        num_drafts: drafting layers behind the model's own, each with a head.
+        slowdown_R: factor on the computation of each rank: 2 for one of half the speed.
     """
 
     def __init__(
@@ -80,90 +177,89 @@ class Forward:
         slot_params_LRS: Floats,
         expand: Expand | None = None,
         operators: Callable[[str], Operators] | None = None,
+        exchange: Exchange | None = None,
+        num_batches: int = 1,
+        num_drafts: int = 0,
+        slowdown_R: Floats | None = None,
     ) -> None:
         self.model, self.cluster, self.layout = model, cluster, layout
+        self._exchange, self._slowdown_R = exchange or Exchange(cluster), slowdown_R
+        self._num_batches, self._num_drafts = num_batches, num_drafts
+        self._layers = (*model.layers, *(drafting_layer(model),) * num_drafts)
         self._slot_params_LRS = slot_params_LRS
         self._operators = operators or partial(Operators, cluster.device)
         self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
-        self._rows: dict[str, list[int]] = {}
+        self._rows: dict[tuple[str, int], list[int]] = {}
         self.program = self._lower(expand)
 
     def _lower(self, expand: Expand | None) -> Program:
         ranks = np.arange(self.layout.num_ranks, dtype=np.int32)
         groups = {"tp": ranks // self._tp, "ep": ranks // (self.layout.experts.ep * self.layout.experts.etp)}
         draft = Draft(len(ranks), groups)
-
-        def add(name: str, layer: int, resource: str, group: str = "rank", after: tuple[int, ...] = ()) -> int:
-            op = draft.add(name, layer, resource, group, after)
-            self._rows.setdefault(name, []).append(op)
-            return op
-
-        moe_layer, last = 0, cast(tuple[int, ...], ())
-        for i, layer in enumerate(self.model.layers):
+        lowering = _Lowering(draft, self._rows, self._num_batches, self._tp > 1, self._spread)
+        moe_layer = 0
+        for i, layer in enumerate(self._layers):
             routed = isinstance(layer.ffn, Experts)
             if layer.mixer:
-                last = (add("attention", i, "compute", after=last),)
-                if self._tp > 1:
-                    name = "reduce_scatter" if routed and self._spread else "allreduce"
-                    last = (add(name, i, "network", "tp", last),)
+                lowering.attention(i, cut=routed and self._spread)
             if isinstance(layer.ffn, Dense):
-                last = (add("dense", i, "compute", after=last),)
-                if self._tp > 1:
-                    last = (add("allreduce", i, "network", "tp", last),)
+                lowering.dense(i)
             elif isinstance(layer.ffn, Experts):
-                last = (self._lower_experts(draft, add, layer.ffn, i, moe_layer, last, expand),)
+                has_shared = bool(layer.ffn.shared_width or layer.ffn.residual_width)
+                beside = has_shared and not self.layout.num_shared_expert_ranks
+                lowering.experts(i, beside, partial(expand, moe_layer) if expand else None)
                 moe_layer += 1
-        head = add("head", -1, "compute", after=last)
+            if i >= len(self.model.layers) - 1:
+                lowering.add_all("head", -1 if i < len(self.model.layers) else i, "compute")
         if self._operators("value").calibration:
-            add("host", -1, "host", after=(head,))
+            draft.add("host", -1, "host", after=lowering.last)
+            self._rows["host", 0] = [len(draft.operations) - 1]
         return draft.program()
 
-    def _lower_experts(
-        self, draft: Draft, add: Callable[..., int], ffn: Experts, i: int, moe_layer: int,
-        before: tuple[int, ...], expand: Expand | None,
-    ) -> int:  # fmt: skip
-        router = last = add("router", i, "compute", after=before)
-        if self._spread:
-            last = add("dispatch", i, "network", "ep", (router,))
-        if ffn.shared_width or ffn.residual_width:
-            shared = add("shared_experts", i, "compute", after=(router,))
-            waits: tuple[int, ...] = (last, shared)
-        else:
-            waits = (last,)
-        if expand is not None:
-            last = draft.choose("fetch", i, 0, partial(expand, moe_layer), waits)
-        else:
-            last = add("experts", i, "compute", after=waits)
-        if self._spread:
-            last = add("combine", i, "network", "ep", (last,))
-            return add("all_gather", i, "network", "tp", (last,)) if self._tp > 1 else last
-        return add("allreduce", i, "network", "tp", (last,)) if self._tp > 1 else last
-
-    def price(self, batch: Batch, counts: Counts | None, bound: str = "value") -> Costs:
-        """Seconds and bytes of every operation for one batch.
+    def price(self, parts: Sequence[tuple[Batch, Counts | None]], bound: str = "value") -> Costs:
+        """Seconds and bytes of every operation.
 
         Args:
-            counts: of the batch's tokens over the expert ranks (over data-parallel groups where ep = 1); None where
-                experts are priced as the step runs.
+            parts: each of the batches that overlap (one, or two), with the counts of its tokens over the expert ranks
+                (over data-parallel groups where ep = 1); None where experts are priced as the step runs.
             bound: which end of the believed efficiencies to use.
         """
-        num_ops, num_ranks, tp = len(self.program.operations), self.program.num_ranks, self._tp
+        num_ops, num_ranks = len(self.program.operations), self.program.num_ranks
         costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
-        tokens_D = np.bincount(batch.group_B, minlength=self._dp).astype(np.float64)
         ops = self._operators(bound)
-        h, dtypes = self.model.hidden_size, self.model.dtypes
+        for place, (batch, counts) in enumerate(parts):
+            self._price_batch(place, batch, counts, costs, ops)
+        self._put(costs, "host", 0, ops.host_overhead())
+        slowed_R = np.ones(num_ranks) if self._slowdown_R is None else self._slowdown_R
+        if self._num_batches > 1:  # cores that communicate do not compute
+            slowed_R = slowed_R / (1 - self._exchange.sm_fraction)
+        if (slowed_R != 1).any():
+            costs.seconds_NR[self._computing] *= slowed_R
+        return costs
+
+    @cached_property
+    def _computing(self) -> list[int]:
+        found = enumerate(self.program.operations)
+        return [n for n, op in found if isinstance(op, Operation) and op.resource == "compute"]
+
+    def _put(self, costs: Costs, name: str, place: int, timed: Timed, num_bytes: Floats | float = 0.0) -> None:
+        """Write one part of one batch's step, broadcast over its layers and ranks."""
+        if rows := self._rows.get((name, place)):
+            costs.seconds_NR[rows] = timed.seconds
+            costs.bytes_NR[rows] = num_bytes
+            costs.shares_NX[rows] = timed.shares_X
+
+    def _price_batch(self, place: int, batch: Batch, counts: Counts | None, costs: Costs, ops: Operators) -> None:
+        tokens_D = np.bincount(batch.group_B, minlength=self._dp).astype(np.float64)
+        h, dtypes, tp = self.model.hidden_size, self.model.dtypes, self._tp
 
         def put(name: str, timed: Timed, num_bytes: Floats | float = 0.0) -> None:
-            """Write one part of the step, broadcast over its layers and ranks."""
-            if rows := self._rows.get(name):
-                costs.seconds_NR[rows] = timed.seconds
-                costs.bytes_NR[rows] = num_bytes
-                costs.shares_NX[rows] = timed.shares_X
+            self._put(costs, name, place, timed, num_bytes)
 
         per_mixer: dict[Mixer, Timed] = {}
         attention: list[Timed] = []
         dense: list[Timed] = []
-        for layer in self.model.layers:
+        for layer in self._layers:
             if layer.mixer:
                 if layer.mixer not in per_mixer:
                     launches = ops.launches(7.0 if isinstance(layer.mixer, LatentAttention) else 4.0)
@@ -174,13 +270,11 @@ class Forward:
         for name, layers in (("attention", attention), ("dense", dense)):
             if layers:
                 put(name, stacked(layers).repeated(tp))
-        put("head", self._head_R(ops, batch))
-        put("host", ops.host_overhead())
+        put("head", stacked([self._head_R(ops, batch), *[self._draft_head_R(ops, batch, tokens_D)] * self._num_drafts]))
         if tp > 1:
             self._price_tp(put, ops, tokens_D)
         if self.model.moe_layers:
             self._price_experts(put, ops, counts, tokens_D)
-        return costs
 
     @property
     def _activation_bytes(self) -> float:
@@ -203,15 +297,18 @@ class Forward:
         put("shared_experts", self._matmuls(ops, shared, own_R, dtypes.dense) + ops.launches(3.0))
         if counts is None:
             return
-        experts = ops.experts(counts.load_LRS, self._slot_params_LRS, ffn, h, dtypes.experts)
+        layer_L = [*range(len(counts.load_LRS)), *[-1] * self._num_drafts]  # drafts route as the last layer
+        experts = ops.experts(counts.load_LRS, self._slot_params_LRS, ffn, h, dtypes.experts).taken(layer_L)
         put("experts", experts if self._spread else experts.repeated(self._tp))
         if self._spread:
             sizes = {"dispatch": h * self._dispatch_bytes, "combine": h * self._activation_bytes}
             start = ops.collective_start(self.layout.experts.ep, self.cluster)
             for name, token_bytes in sizes.items():
-                traffic = counts.traffic_CLR if name == "dispatch" else counts.traffic_CLR[[2, 3, 0, 1]]
-                seconds_LR = network.all_to_all_s(traffic, token_bytes, self.cluster, ops.bound)
-                put(name, ops.collective(seconds_LR) + start, (traffic[0] + traffic[1]) * token_bytes)
+                seconds_LR = self._exchange.seconds_LR(counts, token_bytes, ops.bound, name == "combine")
+                sent_LR = (
+                    counts.traffic_CLR[:2].sum(axis=0) if name == "dispatch" else counts.traffic_CLR[2:].sum(axis=0)
+                )
+                put(name, (ops.collective(seconds_LR) + start).taken(layer_L), sent_LR[layer_L] * token_bytes)
 
     @property
     def _dispatch_bytes(self) -> float:
@@ -222,11 +319,17 @@ class Forward:
         return ops.matmuls(shapes, tokens, dtype, self._activation_bytes)
 
     def _head_R(self, ops: Operators, batch: Batch) -> Timed:
-        """Output head over the last token of each request, cut by tp."""
-        requests_D = np.bincount(batch.group_Q, minlength=self._dp).astype(np.float64)
+        """Output head over the last token of each request (and those drafted), cut by tp."""
+        requests_D = np.bincount(batch.group_Q, minlength=self._dp).astype(np.float64) * batch.queries
         shape = (-(-self.model.vocab_size // self._tp), self.model.hidden_size)
         head = self._matmuls(ops, (shape,), requests_D, self.model.dtypes.embedding)
         return (head + ops.launches(2.0)).repeated(self._tp)
+
+    def _draft_head_R(self, ops: Operators, batch: Batch, tokens_D: Floats) -> Timed:
+        """What joins hidden state and embedding before a drafting layer (DeepSeek-V3, 2.2), and the head behind it."""
+        h = self.model.hidden_size
+        joined = self._matmuls(ops, ((h // self._tp, 2 * h),), tokens_D, self.model.dtypes.dense) + ops.launches(3.0)
+        return joined.repeated(self._tp) + self._head_R(ops, replace(batch, queries=1))
 
     def _attention_D(self, ops: Operators, mixer: Mixer, batch: Batch, tokens_D: Floats) -> Timed:
         """Projections plus core of one layer, for each data-parallel group (each of its ranks alike)."""

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.costs.operators import Operators
+from moesim.layout import Placement
 from moesim.policies import REGISTRIES
+from moesim.policies.collective import ALL_TO_ALLS
+from moesim.policies.placement import PLACEMENTS
+from moesim.program.exchange import Exchange
 from moesim.program.forward import Batch, Forward
 from moesim.program.offload import ExpertStore
 from moesim.program.operation import Costs, Program
@@ -27,37 +31,78 @@ class Iteration:
     counts: Counts | None
 
 
+def with_shared(ids_TLK: np.ndarray, expert: int) -> np.ndarray:
+    """Expert ids with one more that every token chooses."""
+    dtype = ids_TLK.dtype if expert <= np.iinfo(ids_TLK.dtype).max else np.uint16
+    return np.concatenate([ids_TLK.astype(dtype), np.full((*ids_TLK.shape[:2], 1), expert, dtype)], axis=2)
+
+
 class Iterations:
     """The steps of one run of a scenario, in order."""
 
-    def __init__(self, scenario: Scenario, bound: str = "value") -> None:
+    def __init__(self, scenario: Scenario, bound: str = "value", is_played: bool = False) -> None:
         self.scenario, self.bound = scenario, bound
         model, layout, cluster = scenario.model, scenario.layout, scenario.cluster
-        self.replay = Replay(scenario.trace, scenario.stream("replay"))
+        needs_load = bool(model.moe_layers) and PLACEMENTS[scenario.policies.placement].needs_load
+        self.replay = Replay(scenario.trace, scenario.stream("replay"), needs_load)
         workload = scenario.workload
         self.lengths_Q = self.replay.prompt_lengths(workload.num_requests, workload.prompt_tokens)
         self._group_Q = np.arange(workload.num_requests) * layout.attention.dp // workload.num_requests
-        self._decode_SQ = self.replay.decode_rows(workload.num_requests, workload.output_tokens - 1)
+        queries = 1 + workload.num_speculative_tokens
+        rows_SQ = self.replay.decode_rows(workload.num_requests, workload.num_decodes * queries)
+        # A request's next tokens, side by side: those that one iteration computes.
+        self._decode_SB = (
+            rows_SQ.reshape(workload.num_decodes, queries, -1).swapaxes(1, 2).reshape(workload.num_decodes, -1)
+        )
         self._spread = layout.experts.ep > 1
         self._counter: Counter | None = None
         slot_params_LRS = np.zeros((0, 0, 0))
+        self._ids_TLK = scenario.trace.expert_ids_TLK
         if model.moe_layers:
-            num_experts = model.experts.num_experts
-            slots = num_experts + layout.num_redundant_experts
-            policy = REGISTRIES["placement"][scenario.policies.placement]()
-            placement = policy.place(len(model.moe_layers), num_experts, slots, layout.experts.ep)
+            num_experts, placement = model.experts.num_experts, self._placement()
+            if layout.num_shared_expert_ranks:
+                num_experts += 1
+                self._ids_TLK = with_shared(self._ids_TLK, num_experts - 1)
             num_ranks = layout.num_ranks if self._spread else layout.attention.dp
             node_R = (np.arange(num_ranks) // cluster.devices_per_node).astype(np.int32)
-            self._counter = Counter(placement, num_experts, num_ranks, node_R)
+            message = ALL_TO_ALLS[scenario.policies.all_to_all].message or "rank"
+            self._counter = Counter(placement, num_experts, num_ranks, node_R, message if self._spread else "rank")
             params_E = np.array(
                 [model.experts.expert_params(model.hidden_size, w) for w in model.experts.expert_widths]
             )
+            if layout.num_shared_expert_ranks:
+                params_E = np.append(
+                    params_E, model.experts.expert_params(model.hidden_size, model.experts.shared_width)
+                )
             slot_params_LP = params_E[placement.slot_expert_LP] / layout.experts.etp
             slot_params_LRS = slot_params_LP.reshape(len(model.moe_layers), layout.experts.ep, -1)
             slot_params_LRS = np.tile(slot_params_LRS, (1, num_ranks // layout.experts.ep, 1))
         self.store = self._make_store() if scenario.is_offloaded and model.moe_layers else None
         expand = self.store.expand if self.store else None
-        self._forward = Forward(model, cluster, layout, slot_params_LRS, expand, self._operators)
+        policies = scenario.policies
+        exchange = Exchange(
+            cluster, policies.all_to_all, policies.network == "flows", is_played, scenario.faults.slowed
+        )
+        num_batches, slowdown_R = 2 if policies.two_batch_overlap else 1, scenario.faults.slowdown_R(cluster.num_ranks)
+        self._forward = Forward(
+            model, cluster, layout, slot_params_LRS, expand, self._operators, exchange, num_batches,
+            workload.num_speculative_tokens, slowdown_R,
+        )  # fmt: skip
+
+    def _placement(self) -> Placement:
+        """Where experts lie, by their load in requests that are not replayed; the shared one's ranks come last."""
+        s, ep = self.scenario, self.scenario.layout.experts.ep
+        routed, shared = s.model.experts, s.layout.num_shared_expert_ranks
+        load_LE = np.zeros((len(s.model.moe_layers), routed.num_experts))
+        rows = self.replay.history
+        for layer in range(len(load_LE) if len(rows) else 0):
+            ids = s.trace.expert_ids_TLK[rows, layer].ravel()
+            load_LE[layer] = np.bincount(ids, minlength=routed.num_experts)
+        policy = PLACEMENTS[s.policies.placement]()
+        slots = routed.num_experts + s.layout.num_redundant_experts
+        placement = policy.place(slots, ep - shared, s.cluster.devices_per_node, load_LE)
+        last_LP = np.full((len(load_LE), shared), routed.num_experts, np.int32)
+        return Placement(np.concatenate([placement.slot_expert_LP, last_LP], axis=1), ep)
 
     def _operators(self, bound: str) -> Operators:
         s = self.scenario
@@ -98,8 +143,11 @@ class Iterations:
             yield Batch("prefill", lengths, groups, np.concatenate(rows), np.repeat(groups, lengths))
 
     def _decode_batches(self) -> Iterator[Batch]:
-        for step, rows_Q in enumerate(self._decode_SQ):
-            yield Batch("decode", self.lengths_Q + step + 1, self._group_Q, rows_Q, self._group_Q)
+        queries, gained = 1 + self.scenario.workload.num_speculative_tokens, self.scenario.workload.tokens_per_decode
+        group_B = np.repeat(self._group_Q, queries)
+        for step, rows_B in enumerate(self._decode_SB):
+            context_Q = self.lengths_Q + int(step * gained) + 1
+            yield Batch("decode", context_Q, self._group_Q, rows_B, group_B, queries)
 
     def __iter__(self) -> Iterator[Iteration]:
         for batch in self._prefill_batches():
@@ -108,17 +156,28 @@ class Iterations:
             yield self._iteration(batch)
 
     def _iteration(self, batch: Batch) -> Iteration:
-        trace, counts = self.scenario.trace, None
-        if self._counter is not None:
-            source_B = batch.group_B.astype(np.int32)
-            if self._spread:
-                tp = self.scenario.layout.attention.tp
-                source_B = (source_B * tp + np.arange(source_B.size) % tp).astype(np.int32)
-            counts = self._counter.count(trace.expert_ids_TLK, batch.rows_B, source_B)
+        whole = self._count(batch)
         if self.store is not None:
-            assert counts is not None
+            assert whole is not None
+            trace = self.scenario.trace
             predicted = trace.predicted_HTLW[0][batch.rows_B, :, : trace.top_k] if trace.predicted_HTLW else None
-            self.store.begin(counts.load_LRS[:, 0, :], predicted)
-            return Iteration(batch.phase, self._forward.program, self._forward.price(batch, None, self.bound), counts)
-        costs = self._forward.price(batch, counts, self.bound)
-        return Iteration(batch.phase, self._forward.program, costs, counts)
+            self.store.begin(whole.load_LRS[:, 0, :], predicted)
+            costs = self._forward.price([(batch, None)], self.bound)
+            return Iteration(batch.phase, self._forward.program, costs, whole)
+        parts = [(batch, whole)]
+        if self.scenario.policies.two_batch_overlap:
+            parts = [(half, self._count(half)) for half in batch.halves(self.scenario.layout.attention.dp)]
+        return Iteration(batch.phase, self._forward.program, self._forward.price(parts, self.bound), whole)
+
+    def _count(self, batch: Batch) -> Counts | None:
+        """Tokens of a batch over expert ranks."""
+        if self._counter is None:
+            return None
+        ids_TLK, source_B = self._ids_TLK, batch.group_B.astype(np.int32)
+        if self._spread:
+            tp = self.scenario.layout.attention.tp
+            source_B = (source_B * tp + np.arange(source_B.size) % tp).astype(np.int32)
+        counts = self._counter.count(ids_TLK, batch.rows_B, source_B)
+        if self._spread and self.scenario.policies.network == "flows":
+            return self._counter.with_targets(counts, ids_TLK, batch.rows_B, source_B)
+        return counts

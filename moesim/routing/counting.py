@@ -1,12 +1,12 @@
 """Compiled counting over routing: how many tokens each expert slot gets and each rank sends and receives.
 
 One pass over the tokens of an iteration, all layers. A token that picks several experts of one rank travels there
-once: a stamp per (layer, rank) remembers the last token sent there.
+once, unless every choice is a message: a stamp per (layer, rank) remembers the last token sent there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
@@ -22,21 +22,27 @@ class Counts:
     """Tokens of one iteration.
 
     load_LRS: int32 [L, R, S], tokens in each of the S slots of each rank (R expert ranks).
-    traffic_CLR: int32 [4, L, R]: tokens sent inside the node, sent to other nodes, received inside, received from
-        other nodes; deduplicated per destination rank, own tokens not counted. Combine is the reverse.
+    traffic_CLR: int32 [4, L, R]: messages sent inside the node, sent to other nodes, received inside, received from
+        other nodes, of one token each (see `MESSAGES`); own tokens not counted. Combine is the reverse.
+    source_B, target_LBK: where asked for, the rank of each token and of each of its choices.
     """
 
     load_LRS: Ints
     traffic_CLR: Ints
+    source_B: Ints | None = None
+    target_LBK: NDArray[np.int64] | None = None
 
 
+MESSAGES = ("rank", "choice", "node")
+"""What a message is: a token for each rank that it needs; for each of its choices; or for each node that it needs, to
+the rank of its own index there, which passes it on to the ranks that need it."""
 _BLOCK = 256  # tokens whose ids stay in cache while one layer's tables are at hand
 _RANK_SHIFT = 32
 
 
 @njit(cache=True)
 def _count(  # type: ignore[no-untyped-def]
-    ids_TLK, rows_B, source_B, order_B, base_R, place_LXE, slots_per_rank, load_LP, sent_LRR, stamp_LR
+    ids_TLK, rows_B, source_B, order_B, base_R, place_LXE, slots_per_rank, load_LP, sent_LRR, stamp_LR, every
 ):
     """Count, block by block: the rows of a block are copied together first, so that they stream from memory once.
 
@@ -64,8 +70,41 @@ def _count(  # type: ignore[no-untyped-def]
                     place = place_XE[choice, block_BLK[i, layer, k]]
                     rank = base + (place >> shift)
                     load_P[base_slot + (place & slot_bits)] += 1
-                    sent_RR[source, rank] += np.int32(stamp_R[rank] != stamp)
+                    sent_RR[source, rank] += np.int32(stamp_R[rank] != stamp) | every
                     stamp_R[rank] = stamp
+
+
+@njit(cache=True)
+def _count_nodes(ids_TLK, rows_B, source_B, base_R, place_LXE, node_R, sent_LRN):  # type: ignore[no-untyped-def]
+    """Tokens of each rank with at least one choice in each node."""
+    num_layers, top_k, num_choices = ids_TLK.shape[1], ids_TLK.shape[2], place_LXE.shape[1]
+    stamp_N = np.full(sent_LRN.shape[2], -1, np.int64)
+    for layer in range(num_layers):
+        for token in range(rows_B.size):
+            source, stamp = source_B[token], layer * rows_B.size + token
+            for k in range(top_k):
+                place = place_LXE[layer, token % num_choices, ids_TLK[rows_B[token], layer, k]]
+                node = node_R[base_R[source] + np.int64(place >> np.uint64(_RANK_SHIFT))]
+                sent_LRN[layer, source, node] += np.int32(stamp_N[node] != stamp)
+                stamp_N[node] = stamp
+
+
+@njit(cache=True)
+def _sum_relayed(sent_LRR, sent_LRN, node_R, traffic_CLR):  # type: ignore[no-untyped-def]
+    """Messages of tokens that go once to each other node, to the rank of their own index, and on to those they need."""
+    num_layers, num_ranks, num_nodes = sent_LRN.shape
+    per_node = num_ranks // num_nodes
+    for layer in range(num_layers):
+        for source in range(num_ranks):
+            for rank in range(num_ranks):
+                relay = node_R[rank] * per_node + source % per_node
+                tokens = sent_LRR[layer, source, rank] * np.int32(rank != relay)
+                traffic_CLR[0, layer, relay] += tokens
+                traffic_CLR[2, layer, rank] += tokens
+            for node in range(num_nodes):
+                if node != node_R[source]:
+                    traffic_CLR[1, layer, source] += sent_LRN[layer, source, node]
+                    traffic_CLR[3, layer, node * per_node + source % per_node] += sent_LRN[layer, source, node]
 
 
 @njit(cache=True)
@@ -113,10 +152,14 @@ class Counter:
         placement: slots of one expert-parallel group.
         num_experts: E.
         num_ranks: R expert ranks: groups of `placement.ep`.
-        node_R: int32 [R], the node of each rank.
+        node_R: int32 [R], the node of each rank; where messages are "node", all nodes are full and in order.
+        message: one of `MESSAGES`.
     """
 
-    def __init__(self, placement: Placement, num_experts: int, num_ranks: int, node_R: Ints) -> None:
+    def __init__(
+        self, placement: Placement, num_experts: int, num_ranks: int, node_R: Ints, message: str = "rank"
+    ) -> None:
+        self._message = message
         tables = SlotTables.of(placement, num_experts)
         rank_LXE = tables.rank_P[tables.slot_LXE].astype(np.uint64)
         self._place_LXE = tables.slot_LXE.astype(np.uint64) | rank_LXE << np.uint64(_RANK_SHIFT)
@@ -142,7 +185,22 @@ class Counter:
         self._sent_LRR[:] = 0
         _count(
             ids_TLK, rows_B, source_B, np.argsort(source_B, kind="stable"), self._base_R, self._place_LXE,
-            self._slots_per_rank, load_LP, self._sent_LRR, stamp_LR,
+            self._slots_per_rank, load_LP, self._sent_LRR, stamp_LR, np.int32(self._message == "choice"),
         )  # fmt: skip
-        _sum_traffic(self._sent_LRR, self._node_R, traffic_CLR)
+        if self._message == "node":
+            sent_LRN = np.zeros((*shape, int(self._node_R.max()) + 1), np.int32)
+            _count_nodes(ids_TLK, rows_B, source_B, self._base_R, self._place_LXE, self._node_R, sent_LRN)
+            _sum_relayed(self._sent_LRR, sent_LRN, self._node_R, traffic_CLR)
+        else:
+            _sum_traffic(self._sent_LRR, self._node_R, traffic_CLR)
         return Counts(load_LP.reshape(*shape, self._slots_per_rank), traffic_CLR)
+
+    def with_targets(
+        self, counts: Counts, ids_TLK: NDArray[np.unsignedinteger], rows_B: NDArray[np.int64], source_B: Ints
+    ) -> Counts:
+        """The counts of an iteration together with the rank of each token's choices."""
+        choice_B = np.arange(len(rows_B)) % self._place_LXE.shape[1]
+        ids_LBK = ids_TLK[rows_B].swapaxes(0, 1)
+        layer_L = np.arange(self.num_layers)[:, None, None]
+        rank_LBK = (self._place_LXE[layer_L, choice_B[:, None], ids_LBK] >> np.uint64(_RANK_SHIFT)).astype(np.int64)
+        return replace(counts, source_B=source_B, target_LBK=rank_LBK + self._base_R[source_B][:, None])

@@ -18,15 +18,19 @@ class Replay:
     """Rows of one trace by request.
 
     rng: draws which request of the trace comes first, second, ...
+    keeps_history: whether the second half of them is not replayed, but known beforehand: rows `history`.
     """
 
-    def __init__(self, trace: RoutingTrace, rng: np.random.Generator) -> None:
+    def __init__(self, trace: RoutingTrace, rng: np.random.Generator, keeps_history: bool = False) -> None:
         first = np.flatnonzero(np.diff(trace.request_T, prepend=trace.request_T[0] - 1))
         last = np.append(first[1:], trace.num_tokens)
         self.prompts: list[Rows] = []
         self.answers: list[Rows] = []
-        spans = np.stack([first, last], axis=1)
-        for start, end in spans[rng.permutation(len(spans))]:
+        spans = np.stack([first, last], axis=1)[rng.permutation(len(first))]
+        num_replayed = -(-len(spans) // 2) if keeps_history else len(spans)
+        history = [np.arange(*span) for span in spans[num_replayed:]]
+        self.history = np.concatenate(history) if history else np.arange(0)
+        for start, end in spans[:num_replayed]:
             rows = np.arange(start, end)
             is_decode = trace.is_decode_T[start:end]
             prompt, answer = rows[~is_decode], rows[is_decode]

@@ -1,4 +1,4 @@
-"""A made-up trace: Zipf popularity per layer, tokens independent. For speed and for tests; not for conclusions."""
+"""Made-up traces: Zipf popularity with independent tokens, or every expert as busy. Not for conclusions."""
 
 from __future__ import annotations
 
@@ -50,5 +50,52 @@ def zipf_trace(
         token_id_T=None,
         layers=tuple(range(num_layers)),
         predicted_HTLW=(predicted,),
+        provenance={"source": f"numpy default_rng, seed {seed}"},
+    )
+
+
+def even_trace(
+    num_layers: int, num_experts: int, top_k: int, num_groups: int = 1, top_groups: int = 1, *, seed: int = 0
+) -> RoutingTrace:
+    """A trace in which every step, and every run of tokens of one request, uses all experts alike.
+
+    A layer deals its experts out to D = E / K tokens, each once, from `top_groups` groups for each token; token p
+    of request q gets hand (p + q) mod D. There are 4 D requests of D prompt and D generated tokens.
+
+    Raises:
+        ValueError: K does not divide E, or the groups do not divide evenly.
+    """
+    hands = num_experts // top_k
+    if num_experts % top_k or num_groups % top_groups or top_k % top_groups or num_experts % num_groups:
+        raise ValueError(
+            f"even routing deals {num_experts} experts in {num_groups} groups to tokens that take {top_k} from "
+            f"{top_groups} groups: each of these must divide the ones above it"
+        )
+    rng = np.random.default_rng(seed)
+    num_requests, per_request = 4 * hands, 2 * hands
+    dtype = np.uint8 if num_experts <= 256 else np.uint16
+    hand_LDK = np.empty((num_layers, hands, top_k), dtype)
+    size, taken = num_experts // num_groups, top_k // top_groups
+    for layer in range(num_layers):
+        decks = rng.permuted(np.arange(num_experts).reshape(num_groups, size), axis=1)
+        left = [list(deck) for deck in decks]
+        for hand in range(0, hands, num_groups // top_groups):
+            order = rng.permutation(num_groups).reshape(-1, top_groups)  # these hands use each group once
+            for i, groups in enumerate(order):
+                hand_LDK[layer, hand + i] = [left[group].pop() for group in groups for _ in range(taken)]
+    position_T = np.tile(np.arange(per_request, dtype=np.int32), num_requests)
+    request_T = np.repeat(np.arange(num_requests, dtype=np.int32), per_request)
+    return RoutingTrace(
+        name=f"even-{num_layers}x{num_experts}",
+        model="none: every expert as busy",
+        origin="synthetic",
+        num_experts=num_experts,
+        expert_ids_TLK=np.ascontiguousarray(hand_LDK[:, (position_T + request_T) % hands].swapaxes(0, 1)),
+        request_T=request_T,
+        position_T=position_T,
+        is_decode_T=position_T >= hands,
+        token_id_T=None,
+        layers=tuple(range(num_layers)),
+        predicted_HTLW=(),
         provenance={"source": f"numpy default_rng, seed {seed}"},
     )

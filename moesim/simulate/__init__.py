@@ -27,7 +27,7 @@ def simulate(scenario: Scenario, bound: str = "value", timeline: int = 0) -> Res
         timeline: iterations of each phase that are played operation by operation and leave their records.
     """
     env = simpy.Environment()
-    iterations = Iterations(scenario, bound)
+    iterations = Iterations(scenario, bound, is_played=True)
     tally = Tally(iterations, "simulate", timeline)
     env.process(_drive(env, iterations, tally, timeline))
     env.run()
