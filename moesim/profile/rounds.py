@@ -112,11 +112,12 @@ class Samples:
 
 
 class Timing(NamedTuple):
-    """Whole rounds timed in all, the jobs that were dropped for want of time, and seconds taken."""
+    """Whole rounds timed in all, the jobs dropped for want of time, seconds taken, and why other jobs failed."""
 
     rounds: int
     dropped: tuple[str, ...]
     wall_s: float
+    failed: Mapping[str, str] = {}
 
 
 def time_rounds(
@@ -129,6 +130,7 @@ def time_rounds(
     max_rounds: int = 25,
     clock: Callable[[], Lap] = now,
     report: Callable[[float], None] = lambda share: None,
+    survived: tuple[type[Exception], ...] = (),
 ) -> Timing:
     """Warm every job up once, drop those that do not fit the budget, and time the others in shuffled rounds.
 
@@ -140,6 +142,7 @@ def time_rounds(
         seed: of the order.
         min_rounds, max_rounds: rounds that must fit, and that are enough.
         report: told the share of the budget that is used.
+        survived: errors that end the job that raises them, not the others.
 
     Raises:
         ValueError: two jobs have the same key.
@@ -149,22 +152,32 @@ def time_rounds(
     def used_s() -> float:
         return clock().wall_s - begun
 
-    kept, dropped = _warm(list(jobs), samples, budget_s, min_rounds, max_rounds, clock, report)
-    done = min((len(samples.laps.get(job.key, ())) for job in kept), default=0)
-    for turn in range(done, max_rounds):
-        order = [job for job in kept if len(samples.laps.get(job.key, ())) <= turn]
-        random.Random(f"{seed}/{turn}").shuffle(order)
-        for job in order:
-            if turn and used_s() > budget_s:
-                return Timing(turn, tuple(dropped), used_s())
+    failed: dict[str, str] = {}
+
+    def tried(job: Job, turn: int) -> Lap | None:
+        try:
             timed = job.prepare(turn)
             start = clock()
             told = timed()
-            lap = told if isinstance(told, Lap) else lap_since(start, clock)
-            samples.add(job.key, Lap(lap.wall_s / job.parts, lap.cpu_s / job.parts))
+            return told if isinstance(told, Lap) else lap_since(start, clock)
+        except survived as error:
+            failed[job.key] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            return None
+
+    kept, dropped = _warm(list(jobs), samples, budget_s, min_rounds, max_rounds, clock, report, tried)
+    done = min((len(samples.laps.get(job.key, ())) for job in kept), default=0)
+    for turn in range(done, max_rounds):
+        order = [job for job in kept if job.key not in failed and len(samples.laps.get(job.key, ())) <= turn]
+        random.Random(f"{seed}/{turn}").shuffle(order)
+        for job in order:
+            if turn and used_s() > budget_s:
+                return Timing(turn, tuple(dropped), used_s(), failed)
+            lap = tried(job, turn)
+            if lap is not None:
+                samples.add(job.key, Lap(lap.wall_s / job.parts, lap.cpu_s / job.parts))
             report(min(1.0, used_s() / budget_s))
         done = turn + 1
-    return Timing(done, tuple(dropped), used_s())
+    return Timing(done, tuple(dropped), used_s(), failed)
 
 
 def _warm(
@@ -175,6 +188,7 @@ def _warm(
     max_rounds: int,
     clock: Callable[[], Lap],
     report: Callable[[float], None],
+    tried: Callable[[Job, int], Lap | None],
 ) -> tuple[list[Job], list[str]]:
     """The jobs that fit, and the names of those that do not."""
     if len({job.key for job in jobs}) < len(jobs):
@@ -191,7 +205,8 @@ def _warm(
         if job.rank and min_rounds * sum(cost_s.values()) >= left_s:
             dropped.append(job.key)
             continue
-        job.prepare(0)()
+        if tried(job, 0) is None:
+            continue
         cost_s[job.key] = clock().wall_s - before
         report(min(1.0, (clock().wall_s - begun) / budget_s))
         if job.rank and min_rounds * sum(cost_s.values()) > budget_s - (clock().wall_s - begun):
