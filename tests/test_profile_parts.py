@@ -119,13 +119,13 @@ def test_a_profile_is_written_and_gone_on_with(tmp_path):
     command = ["profile", "run", "--model", "qwen3-moe-6x32-h768", "-o", str(tmp_path), "--budget"]
     result = CliRunner().invoke(cli, [*command, "15"])
     assert result.exit_code == 0, result.output
-    assert result.stdout.split() == [str(tmp_path / "tables.parquet"), str(tmp_path / "device.toml")]
+    assert result.stdout.split() == [str(tmp_path / "tables.parquet"), str(tmp_path / f"{tmp_path.name}.toml")]
     assert "dropped" in result.stderr
     tables = load_profile(tmp_path / "tables.parquet")
     gemm = tables.find("gemm", "fp32")
     assert gemm.axes == ("m", "n", "k") and gemm.low_N is not None and gemm.provenance["cores"]
     assert tables.find("moe_block", "fp32", model="qwen3-moe-6x32-h768") is not None
-    assert load_device(str(tmp_path / "device.toml")).flops_per_s["fp32"] > 1e9
+    assert load_device(str(tmp_path / f"{tmp_path.name}.toml")).flops_per_s["fp32"] > 1e9
     lines = (tmp_path / "samples.jsonl").read_text().splitlines()
     assert CliRunner().invoke(cli, [*command, "20"]).exit_code == 0
     assert (tmp_path / "samples.jsonl").read_text().splitlines()[: len(lines)] == lines

@@ -66,7 +66,19 @@ class Ceilings:
 
     def table(self) -> str:
         """The rows in columns, and the two figures with their aims."""
-        heads = ("operator", "kernel", "format", "load", "shape", "time", "TFLOP/s", "GB/s", "copy", "matrix", "library")
+        heads = (
+            "operator",
+            "kernel",
+            "format",
+            "load",
+            "shape",
+            "time",
+            "TFLOP/s",
+            "GB/s",
+            "copy",
+            "matrix",
+            "library",
+        )
         lines = [heads, *(_words(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
         text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in lines]

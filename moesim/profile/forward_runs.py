@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesim.profile.forward_times import Forward
+from moesim.profile.forward_times import Forward, forward_grid
 from moesim.profile.rounds import Job, Lap, lap_since, now
 
 _CUDA: Any = torch.cuda
@@ -184,3 +184,16 @@ def maker(config: Any, device: str, dtype: torch.dtype, seed: int, implementatio
         return Runner(model, device, _CUDA.synchronize if device == "cuda" else lambda: None)
 
     return make
+
+
+LAYERS = 4
+"""Of OLMoE's 16, that are run: enough for a copy to hide behind a layer, few enough to be quick."""
+FORWARD_RANK = 2
+
+
+def cuda_forwards(seed: int) -> tuple[list[Forward], list[Job]]:
+    """The passes of OLMoE-1B-7B's first layers in bf16, and their jobs."""
+    runs = forward_grid("olmoe-1b-7b", LAYERS)
+    return runs, forward_jobs(
+        maker(olmoe(LAYERS), "cuda", torch.bfloat16, seed, "grouped_mm"), runs, seed, FORWARD_RANK
+    )

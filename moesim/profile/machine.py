@@ -69,6 +69,13 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+def write_whole(text: str, path: Path) -> None:
+    """Write a file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 class Peaks(NamedTuple):
     """The best that was seen of this machine: FLOP/s of a matrix product, bytes/s read and written by any operator."""
 

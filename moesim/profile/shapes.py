@@ -14,10 +14,14 @@ AXES: dict[str, tuple[str, ...]] = {
     "frame_prefill": ("batch", "tokens"),
     "frame_decode": ("batch",),
     "launch": (),
-    "experts_torch": ("active", "rows"),
-    "experts_triton": ("active", "rows"),
+    "moe": ("num_tokens", "hidden_size", "inter_size", "top_k", "num_experts", "tp", "ep"),
     "context_attention": ("batch_size", "seq_len", "num_heads", "num_kv_heads", "head_dim"),
     "generation_attention": ("batch_size", "kv_len", "num_heads", "num_kv_heads", "head_dim"),
+    "context_mla": ("batch_size", "seq_len", "num_heads"),
+    "generation_mla": ("batch_size", "kv_len", "num_heads"),
+    "router": ("tokens", "experts", "top_k"),
+    "expert_gather": ("tokens", "hidden_size", "top_k", "experts"),
+    "expert_combine": ("tokens", "hidden_size", "top_k", "experts"),
     **{
         f"copy_{way}_{memory}{load}": ("bytes",)
         for way in ("to_device", "to_host")

@@ -46,6 +46,12 @@ def tables_of(
     return tables
 
 
+def medians(cells: Sequence[Cell], samples: Samples, clock: str) -> dict[Cell, float]:
+    """Median seconds on `clock` of the cells that were timed."""
+    found = samples.percentiles(clock, (50,))
+    return {cell: float(found[cell.key][0]) for cell in cells if cell.key in found}
+
+
 def provenance_of(facts: Mapping[str, Any]) -> dict[str, str]:
     """Where the times of a profile come from, as its file says it; `facts` are those of the machine."""
     told = {"source", "licence", "driver", "library_versions", "date", "torch", "transformers"}
