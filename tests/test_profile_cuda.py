@@ -138,17 +138,16 @@ def test_the_cost_model_takes_what_was_timed(made):
 
     check(ops.matmuls([(14336, 4096)], np.array([64.0]), "bf16", 2.0), best("gemm", (64, 14336, 4096)))
     one = np.array([1.0])
-    work = (np.squeeze(x) for x in cell_work(Cell(0, "generation_attention", (16, 1024, 32, 4, 128), dtype="bf16")))
-    check(
-        ops.attention_core(Attention(32, 4, 128), "decode", 16 * one, 16 * 1024 * one, *(x * one for x in work), 1, "bf16"),
-        best("generation_attention", (16, 1024, 32, 4, 128)),
-    )  # fmt: skip
+    amount = cell_work(Cell(0, "generation_attention", (16, 1024, 32, 4, 128), dtype="bf16"))
+    mixer, tokens = Attention(32, 4, 128), 16 * 1024 * one
+    timed = ops.attention_core(mixer, "decode", 16 * one, tokens, amount.flops * one, amount.num_bytes * one, 1, "bf16")
+    check(timed, best("generation_attention", (16, 1024, 32, 4, 128)))
     latent = LatentAttention(128, 1536, 512, 128, 64, 128)
-    work = (np.squeeze(x) for x in cell_work(Cell(0, "context_mla", (1, 2048, 128), dtype="bf16")))
-    check(
-        ops.attention_core(latent, "prefill", one, 2048 * one, *(x * one for x in work), 1, "bf16"),
-        best("context_mla", (1, 2048, 128)),
+    amount = cell_work(Cell(0, "context_mla", (1, 2048, 128), dtype="bf16"))
+    timed = ops.attention_core(
+        latent, "prefill", one, 2048 * one, amount.flops * one, amount.num_bytes * one, 1, "bf16"
     )
+    check(timed, best("context_mla", (1, 2048, 128)))
     spec = load_model("qwen3-30b-a3b")
     load_LRS = np.bincount(chosen_experts(4096, 8, 128, "uniform").ravel(), minlength=128).reshape(1, 1, 128)
     params_LRS = np.full(load_LRS.shape, 3.0 * 2048 * 768)
@@ -220,7 +219,7 @@ def test_the_fastest_tile_is_kept_and_taken_again(tmp_path):
     again = Tiles(tmp_path / "tiles.json")
     assert again.words == {"cell": "quick"}
     assert _fastest("cell", {"slow": lambda: 9.0, "quick": lambda: 2.0}, bench(lambda *_: 1 / 0), again)() == 2.0
-    with pytest.raises(RuntimeError, match="every candidate failed: a: .*registers; b: "):
+    with pytest.raises(RuntimeError, match=r"every candidate failed: a: .*registers; b: "):
         _fastest("other", {"a": fails, "b": fails}, told, again)
     (tmp_path / "tiles.json").write_text("{")
     with pytest.raises(ValueError, match="not tiles by cell"):

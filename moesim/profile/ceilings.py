@@ -109,11 +109,12 @@ def ceilings(seconds: Mapping[Cell, float], tiles: Mapping[str, str] | None = No
     for cell, amount in cells.items():
         speed, rate = amount.flops / seconds[cell], amount.num_bytes / seconds[cell]
         peak = matrix.get(MATRIX_FORMAT.get(cell.dtype, cell.dtype))
-        beside = library.get(without_kernel(cell)) if kernel_of(cell) != LIBRARY else None
+        kernel, tile = kernel_of(cell), (tiles or {}).get(cell.key, "")
+        beside = library.get(without_kernel(cell)) if kernel != LIBRARY else None
         rows.append(
             Reached(
-                cell.op, kernel_of(cell), cell.dtype, distribution_of(cell), cell.shape, (tiles or {}).get(cell.key, ""),
-                seconds[cell], speed, rate, rate / top if top else None, speed / peak if peak and amount.flops else None,
+                cell.op, kernel, cell.dtype, distribution_of(cell), cell.shape, tile, seconds[cell], speed, rate,
+                rate / top if top else None, speed / peak if peak and amount.flops else None,
                 beside / seconds[cell] if beside else None,
             )
         )  # fmt: skip

@@ -100,9 +100,9 @@ class Calls:
     ) -> Candidates:
         batch, context = cell.shape[:2]
         if kernel_of(cell) == LIBRARY:
-            query, key = self._random(batch, heads, 1, k_width), self._random(batch, kv_heads, context, k_width)
-            value = key[..., :width] if shared else self._random(batch, kv_heads, context, width)
-            return {"": partial(scaled_dot_product_attention, query, key, value, scale=scale, enable_gqa=True)}
+            query, keys = self._random(batch, heads, 1, k_width), self._random(batch, kv_heads, context, k_width)
+            values = keys[..., :width] if shared else self._random(batch, kv_heads, context, width)
+            return {"": partial(scaled_dot_product_attention, query, keys, values, scale=scale, enable_gqa=True)}
         from moesim.kernels.decode_attention import GQA_SPLITS, MLA_SPLITS, decode_attention
 
         pages = -(-context // PAGE)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moesim.profile.forward_times import Forward, forward_grid
+from moesim.profile.parts import cache_argument
 from moesim.profile.rounds import Job, Lap, lap_since, now
 
 _CUDA: Any = torch.cuda
@@ -30,7 +31,8 @@ def build(config: Any, device: str, dtype: torch.dtype, seed: int, implementatio
 
     torch.manual_seed(seed)
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        make: Any = AutoModelForCausalLM.from_config
+        model: Any = make(config, dtype=dtype)
     model.set_experts_implementation(implementation)
     model.eval()
     found: nn.Module = model
@@ -133,14 +135,15 @@ class Runner:
     def prepared(self, run: Forward, seed: int) -> Callable[[], Tensor]:
         """What is timed: one pass, that gives the logits of the last tokens, [B, vocabulary]."""
         ids = self.ids(run.batch, run.tokens, seed)
-        cache = None
+        kept: dict[str, Any] = {}
         if run.context:
             with torch.no_grad():
-                cache = self.model(self.ids(run.batch, run.context, seed + 1), logits_to_keep=1).past_key_values
+                told = self.model(self.ids(run.batch, run.context, seed + 1), use_cache=True, logits_to_keep=1)
+            kept = {cache_argument(self.model): told.past_key_values}
 
         def call() -> Tensor:
             with torch.no_grad():
-                logits: Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                logits: Tensor = self.model(ids, use_cache=True, logits_to_keep=1, **kept).logits
             return logits[:, -1]
 
         return call

@@ -144,7 +144,7 @@ class ModelParts:
                 "position_embeddings": self.model.model.rotary_emb(hidden, position_ids=positions),
                 "attention_mask": None,
                 "position_ids": positions,
-                _cache_name(module): self._cache(batch, context),
+                cache_argument(module): self._cache(batch, context),
             }
             return partial(module, **given)
 
@@ -194,7 +194,7 @@ class ModelParts:
         return cache
 
     def _whole(self, model: Any, inputs: Tensor, context: int) -> Callable[[], object]:
-        cache = {_cache_name(model): self._cache(inputs.shape[0], context)}
+        cache = {cache_argument(model): self._cache(inputs.shape[0], context)}
         self._flushed.sum()
         return partial(self._run, [partial(model, inputs, use_cache=True, logits_to_keep=1, **cache)])
 
@@ -221,7 +221,7 @@ class ModelParts:
         return Lap(wall_s, cpu_s)
 
 
-def _cache_name(module: nn.Module) -> str:
+def cache_argument(module: nn.Module) -> str:
     """The cache's argument: transformers 5.24 renamed it."""
     called = inspect.unwrap(type(module).forward)
     return "cache" if "cache" in inspect.signature(called).parameters else "past_key_values"
