@@ -24,6 +24,7 @@ from moesim.layout import Layout
 from moesim.mixers import Attention, LatentAttention, Mamba, Mixer
 from moesim.model import BYTES_PER_PARAM, Dense, Experts, Layer, ModelSpec
 from moesim.program.exchange import Exchange
+from moesim.program.lowering import Lowering
 from moesim.program.operation import Costs, Draft, Fragment, Operation, Program
 from moesim.routing.counting import Counts
 
@@ -90,72 +91,6 @@ def drafting_layer(model: ModelSpec) -> Layer:
     return (*model.mtp_layers, model.layers[-1])[0]
 
 
-@dataclass
-class _Lowering:
-    """Layers as operations, for each of the batches that overlap.
-
-    rows: (name, batch) -> ids of its operations, one a layer; last: what the next operation of each batch waits for.
-    """
-
-    draft: Draft
-    rows: dict[tuple[str, int], list[int]]
-    num_batches: int
-    is_cut: bool  # by tensor parallelism
-    is_spread: bool
-
-    def __post_init__(self) -> None:
-        self.after: list[tuple[int, ...]] = [()] * self.num_batches
-
-    @property
-    def last(self) -> tuple[int, ...]:
-        return tuple(op for after in self.after for op in after)
-
-    def add(self, place: int, name: str, layer: int, resource: str, group: str = "rank") -> int:
-        op = self.draft.add(name, layer, resource, group, self.after[place])
-        self.rows.setdefault((name, place), []).append(op)
-        self.after[place] = (op,)
-        return op
-
-    def add_all(self, name: str, layer: int, resource: str, group: str = "rank") -> None:
-        for place in range(self.num_batches):
-            self.add(place, name, layer, resource, group)
-
-    def attention(self, layer: int, cut: bool) -> None:
-        """Attention; with tensor parallelism an all-reduce, or the first half of one."""
-        for place in range(self.num_batches):
-            self.add(place, "attention", layer, "compute")
-            if self.is_cut:
-                self.add(place, "reduce_scatter" if cut else "allreduce", layer, "network", "tp")
-
-    def dense(self, layer: int) -> None:
-        for place in range(self.num_batches):
-            self.add(place, "dense", layer, "compute")
-            if self.is_cut:
-                self.add(place, "allreduce", layer, "network", "tp")
-
-    def experts(self, layer: int, has_shared: bool, expand: Callable[[int, int], Fragment] | None) -> None:
-        """Router and dispatch of each batch, then its experts, then its way back."""
-        routers = []
-        for place in range(self.num_batches):
-            routers.append(self.add(place, "router", layer, "compute"))
-            if self.is_spread:
-                self.add(place, "dispatch", layer, "network", "ep")
-        for place in range(self.num_batches):
-            arrived = self.after[place]
-            if has_shared:
-                self.after[place] = (routers[place],)
-                shared = self.add(place, "shared_experts", layer, "compute")
-                self.after[place] = (*arrived, shared)
-            if expand is not None:
-                self.after[place] = (self.draft.choose("fetch", layer, 0, expand, self.after[place]),)
-            else:
-                self.add(place, "experts", layer, "compute")
-            if self.is_spread:
-                self.add(place, "combine", layer, "network", "ep")
-            if self.is_cut:
-                self.add(place, "all_gather" if self.is_spread else "allreduce", layer, "network", "tp")
-
-
 class Forward:
     """One model on one layout: a program, and its price for any batch.
 
@@ -189,19 +124,16 @@ class Forward:
         self._slot_params_LRS = slot_params_LRS
         self._operators = operators or partial(Operators, cluster.device)
         self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
-        self._rows: dict[tuple[str, int], list[int]] = {}
         self.program = self._lower(expand)
 
     def _lower(self, expand: Expand | None) -> Program:
         ranks = np.arange(self.layout.num_ranks, dtype=np.int32)
         groups = {"tp": ranks // self._tp, "ep": ranks // (self.layout.experts.ep * self.layout.experts.etp)}
         draft = Draft(len(ranks), groups)
-        lowering = _Lowering(draft, self._rows, self._num_batches, self._tp > 1, self._spread)
-        moe_layer = 0
+        lowering, moe_layer = Lowering(draft, self._num_batches, self._tp > 1, self._spread), 0
         for i, layer in enumerate(self._layers):
-            routed = isinstance(layer.ffn, Experts)
             if layer.mixer:
-                lowering.attention(i, cut=routed and self._spread)
+                lowering.attention(i, halved=isinstance(layer.ffn, Experts) and self._spread)
             if isinstance(layer.ffn, Dense):
                 lowering.dense(i)
             elif isinstance(layer.ffn, Experts):
@@ -210,10 +142,10 @@ class Forward:
                 lowering.experts(i, beside, partial(expand, moe_layer) if expand else None)
                 moe_layer += 1
             if i >= len(self.model.layers) - 1:
-                lowering.add_all("head", -1 if i < len(self.model.layers) else i, "compute")
+                lowering.head(-1 if i < len(self.model.layers) else i)
+        last, self._rows = lowering.write(), lowering.rows
         if self._operators("value").calibration:
-            draft.add("host", -1, "host", after=lowering.last)
-            self._rows["host", 0] = [len(draft.operations) - 1]
+            self._rows["host", 0] = [draft.add("host", -1, "host", after=last)]
         return draft.program()
 
     def price(self, parts: Sequence[tuple[Batch, Counts | None]], bound: str = "value") -> Costs:
