@@ -148,17 +148,23 @@ class Forward:
             self._rows["host", 0] = [draft.add("host", -1, "host", after=last)]
         return draft.program()
 
-    def price(self, parts: Sequence[tuple[Batch, Counts | None]], bound: str = "value") -> Costs:
+    def price(
+        self,
+        parts: Sequence[tuple[Batch, Counts | None]],
+        bound: str = "value",
+        operators: Callable[[str], Operators] | None = None,
+    ) -> Costs:
         """Seconds and bytes of every operation.
 
         Args:
             parts: each of the batches that overlap (one, or two), with the counts of its tokens over the expert ranks
                 (over data-parallel groups where ep = 1); None where experts are priced as the step runs.
             bound: which end of the believed efficiencies to use.
+            operators: instead of those given at the start.
         """
         num_ops, num_ranks = len(self.program.operations), self.program.num_ranks
         costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
-        ops = self._operators(bound)
+        ops = (operators or self._operators)(bound)
         for place, (batch, counts) in enumerate(parts):
             self._price_batch(place, batch, counts, costs, ops)
         self._put(costs, "host", 0, ops.host_overhead())

@@ -84,7 +84,7 @@ class Iterations:
             cluster, policies.all_to_all, policies.network == "flows", is_played, scenario.faults.slowed
         )
         num_batches, slowdown_R = 2 if policies.two_batch_overlap else 1, scenario.faults.slowdown_R(cluster.num_ranks)
-        self._forward = Forward(
+        self.forward = Forward(
             model, cluster, layout, slot_params_LRS, expand, self._operators, exchange, num_batches,
             workload.num_speculative_tokens, slowdown_R,
         )  # fmt: skip
@@ -120,14 +120,14 @@ class Iterations:
     def _future_SLE(self) -> np.ndarray:
         """Which experts each iteration will use, for oracles only: bool [S, L, E]."""
         ids_TLK, num_experts = self.scenario.trace.expert_ids_TLK, self.scenario.trace.num_experts
-        batches = [*self._prefill_batches(), *self._decode_batches()]
+        batches = [*self.prefill_batches(), *self.decode_batches()]
         used_SLE = np.zeros((len(batches), ids_TLK.shape[1], num_experts), np.bool_)
         for s, batch in enumerate(batches):
             ids_BLK = ids_TLK[batch.rows_B]
             used_SLE[s, np.arange(ids_TLK.shape[1])[None, :, None], ids_BLK] = True
         return used_SLE
 
-    def _prefill_batches(self) -> Iterator[Batch]:
+    def prefill_batches(self) -> Iterator[Batch]:
         """Waves of whole prompts; in each wave a group takes prompts up to `max_num_batched_tokens` (at least one)."""
         waiting = [list(np.flatnonzero(self._group_Q == g)) for g in range(self.scenario.layout.attention.dp)]
         limit = self.scenario.workload.max_num_batched_tokens
@@ -142,7 +142,8 @@ class Iterations:
             lengths, groups = self.lengths_Q[chosen], self._group_Q[chosen]
             yield Batch("prefill", lengths, groups, np.concatenate(rows), np.repeat(groups, lengths))
 
-    def _decode_batches(self) -> Iterator[Batch]:
+    def decode_batches(self) -> Iterator[Batch]:
+        """One batch for each decode iteration."""
         queries, gained = 1 + self.scenario.workload.num_speculative_tokens, self.scenario.workload.tokens_per_decode
         group_B = np.repeat(self._group_Q, queries)
         for step, rows_B in enumerate(self._decode_SB):
@@ -150,9 +151,9 @@ class Iterations:
             yield Batch("decode", context_Q, self._group_Q, rows_B, group_B, queries)
 
     def __iter__(self) -> Iterator[Iteration]:
-        for batch in self._prefill_batches():
+        for batch in self.prefill_batches():
             yield self._iteration(batch)
-        for batch in self._decode_batches():
+        for batch in self.decode_batches():
             yield self._iteration(batch)
 
     def _iteration(self, batch: Batch) -> Iteration:
@@ -162,12 +163,16 @@ class Iterations:
             trace = self.scenario.trace
             predicted = trace.predicted_HTLW[0][batch.rows_B, :, : trace.top_k] if trace.predicted_HTLW else None
             self.store.begin(whole.load_LRS[:, 0, :], predicted)
-            costs = self._forward.price([(batch, None)], self.bound)
-            return Iteration(batch.phase, self._forward.program, costs, whole)
-        parts = [(batch, whole)]
-        if self.scenario.policies.two_batch_overlap:
-            parts = [(half, self._count(half)) for half in batch.halves(self.scenario.layout.attention.dp)]
-        return Iteration(batch.phase, self._forward.program, self._forward.price(parts, self.bound), whole)
+            costs = self.forward.price([(batch, None)], self.bound)
+            return Iteration(batch.phase, self.forward.program, costs, whole)
+        parts = self.parts(batch) if self.scenario.policies.two_batch_overlap else [(batch, whole)]
+        return Iteration(batch.phase, self.forward.program, self.forward.price(parts, self.bound), whole)
+
+    def parts(self, batch: Batch) -> list[tuple[Batch, Counts | None]]:
+        """The batches that overlap, or the one that does not, with the counts of their tokens."""
+        two = self.scenario.policies.two_batch_overlap
+        halves = batch.halves(self.scenario.layout.attention.dp) if two else (batch,)
+        return [(half, self._count(half)) for half in halves]
 
     def _count(self, batch: Batch) -> Counts | None:
         """Tokens of a batch over expert ranks."""
