@@ -134,8 +134,8 @@ SETUPS = (
     *_sglang_prefills(),
     *_sglang_decodes(),
     Setup(
-        "SGLang, GB200 NVL72, decode EP48, batch 768 at 2,000", "48 of gb200-nvl72", "decode", 768, 2000, reported=7583.0,
-        source="SGLang on GB200 NVL72 (lmsys.org, June 2025)", note="the batch is not given there",
+        "SGLang, GB200 NVL72, decode EP48, batch 768 at 2,000", "48 of gb200-nvl72", "decode", 768, 2000,
+        reported=7583.0, source="SGLang on GB200 NVL72 (lmsys.org, June 2025)", note="the batch is not given there",
     ),
     *_cloud(),
 )  # fmt: skip
