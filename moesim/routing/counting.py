@@ -33,6 +33,20 @@ class Counts:
     target_LBK: NDArray[np.int64] | None = None
 
 
+@njit(cache=True)
+def _sum_slots(load_NS, sum_N):  # type: ignore[no-untyped-def]
+    for n in range(load_NS.shape[0]):
+        for s in range(load_NS.shape[1]):
+            sum_N[n] += load_NS[n, s]
+
+
+def summed_slots(load_LRS: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Tokens of all slots of each rank, [L, R]; several times as fast as a sum along so short an axis."""
+    sum_LR = np.zeros(load_LRS.shape[:-1], np.int64)
+    _sum_slots(np.ascontiguousarray(load_LRS).reshape(-1, load_LRS.shape[-1]), sum_LR.reshape(-1))
+    return sum_LR
+
+
 MESSAGES = ("rank", "choice", "node")
 """What a message is: a token for each rank that it needs; for each of its choices; or for each node that it needs, to
 the rank of its own index there, which passes it on to the ranks that need it."""
