@@ -119,7 +119,6 @@ class Tally:
         shares = {
             f"{name}_fraction": float(b / busy) if busy else 0.0 for name, b in zip(SOURCES, self._busy_s, strict=True)
         }
-        w = s.workload
         return Result(
             name=s.name,
             scenario=s.plain,
@@ -133,7 +132,7 @@ class Tally:
             load_LR=() if self._load_LR is None else tuple(tuple(map(int, row)) for row in self._load_LR),
             step_s=tuple(decode),
             records=tuple(self._records),
-            warnings=tuple(s.warnings() + it.replay.repeats(num_requests, w.prompt_tokens, w.output_tokens)),
+            warnings=tuple(s.warnings() + it.repeats()),
         )
 
 

@@ -43,6 +43,7 @@ class Batch:
         rows_B: row of the trace for each token.
         group_B: data-parallel group of each token.
         queries: in decode, tokens of each request that are computed at once: one, and those drafted.
+        place_B: in staggered replay, place of each token in its circle.
     """
 
     phase: str
@@ -51,6 +52,7 @@ class Batch:
     rows_B: NDArray[np.int64]
     group_B: NDArray[np.int64]
     queries: int = 1
+    place_B: NDArray[np.int64] | None = None
 
     def halves(self, num_groups: int) -> tuple[Batch, Batch]:
         """The first half of the requests of each group, and the other one; in prefill, of about as many tokens."""
@@ -66,8 +68,9 @@ class Batch:
 
     def _part(self, in_Q: NDArray[np.bool_], in_B: NDArray[np.bool_]) -> Batch:
         return Batch(
-            self.phase, self.lengths_Q[in_Q], self.group_Q[in_Q], self.rows_B[in_B], self.group_B[in_B], self.queries
-        )
+            self.phase, self.lengths_Q[in_Q], self.group_Q[in_Q], self.rows_B[in_B], self.group_B[in_B], self.queries,
+            None if self.place_B is None else self.place_B[in_B],
+        )  # fmt: skip
 
     def tokens_D(self, num_groups: int) -> Floats:
         """Tokens of each group."""
