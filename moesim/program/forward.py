@@ -10,6 +10,7 @@ on their way, the other one computes. Layers that draft further tokens stand beh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from moesim.layout import Layout
 from moesim.mixers import Attention, LatentAttention, Mamba, Mixer
 from moesim.model import BYTES_PER_PARAM, Dense, Experts, Layer, ModelSpec
 from moesim.program.exchange import Exchange
+from moesim.program.lowering import Lowering
 from moesim.program.operation import Costs, Draft, Fragment, Operation, Program
 from moesim.routing.counting import Counts
 
@@ -43,7 +45,7 @@ class Batch:
         rows_B: row of the trace for each token.
         group_B: data-parallel group of each token.
         queries: in decode, tokens of each request that are computed at once: one, and those drafted.
-        place_B: in staggered replay, place of each token in its circle.
+        request_B: in decode, the request of each token; step: how many tokens it has decoded before.
     """
 
     phase: str
@@ -52,7 +54,8 @@ class Batch:
     rows_B: NDArray[np.int64]
     group_B: NDArray[np.int64]
     queries: int = 1
-    place_B: NDArray[np.int64] | None = None
+    request_B: NDArray[np.int64] | None = None
+    step: int = 0
 
     def halves(self, num_groups: int) -> tuple[Batch, Batch]:
         """The first half of the requests of each group, and the other one; in prefill, of about as many tokens."""
@@ -69,7 +72,7 @@ class Batch:
     def _part(self, in_Q: NDArray[np.bool_], in_B: NDArray[np.bool_]) -> Batch:
         return Batch(
             self.phase, self.lengths_Q[in_Q], self.group_Q[in_Q], self.rows_B[in_B], self.group_B[in_B], self.queries,
-            None if self.place_B is None else self.place_B[in_B],
+            None if self.request_B is None else self.request_B[in_B], self.step,
         )  # fmt: skip
 
     def tokens_D(self, num_groups: int) -> Floats:
@@ -99,70 +102,10 @@ def drafting_layer(model: ModelSpec) -> Layer:
     return (*model.mtp_layers, model.layers[-1])[0]
 
 
-@dataclass
-class _Lowering:
-    """Layers as operations, for each of the batches that overlap.
-
-    rows: (name, batch) -> ids of its operations, one a layer; last: what the next operation of each batch waits for.
-    """
-
-    draft: Draft
-    rows: dict[tuple[str, int], list[int]]
-    num_batches: int
-    is_cut: bool  # by tensor parallelism
-    is_spread: bool
-
-    def __post_init__(self) -> None:
-        self.after: list[tuple[int, ...]] = [()] * self.num_batches
-
-    @property
-    def last(self) -> tuple[int, ...]:
-        return tuple(op for after in self.after for op in after)
-
-    def add(self, place: int, name: str, layer: int, resource: str, group: str = "rank") -> int:
-        op = self.draft.add(name, layer, resource, group, self.after[place])
-        self.rows.setdefault((name, place), []).append(op)
-        self.after[place] = (op,)
-        return op
-
-    def add_all(self, name: str, layer: int, resource: str, group: str = "rank") -> None:
-        for place in range(self.num_batches):
-            self.add(place, name, layer, resource, group)
-
-    def attention(self, layer: int, cut: bool) -> None:
-        """Attention; with tensor parallelism an all-reduce, or the first half of one."""
-        for place in range(self.num_batches):
-            self.add(place, "attention", layer, "compute")
-            if self.is_cut:
-                self.add(place, "reduce_scatter" if cut else "allreduce", layer, "network", "tp")
-
-    def dense(self, layer: int) -> None:
-        for place in range(self.num_batches):
-            self.add(place, "dense", layer, "compute")
-            if self.is_cut:
-                self.add(place, "allreduce", layer, "network", "tp")
-
-    def experts(self, layer: int, has_shared: bool, expand: Callable[[int, int], Fragment] | None) -> None:
-        """Router and dispatch of each batch, then its experts, then its way back."""
-        routers = []
-        for place in range(self.num_batches):
-            routers.append(self.add(place, "router", layer, "compute"))
-            if self.is_spread:
-                self.add(place, "dispatch", layer, "network", "ep")
-        for place in range(self.num_batches):
-            arrived = self.after[place]
-            if has_shared:
-                self.after[place] = (routers[place],)
-                shared = self.add(place, "shared_experts", layer, "compute")
-                self.after[place] = (*arrived, shared)
-            if expand is not None:
-                self.after[place] = (self.draft.choose("fetch", layer, 0, expand, self.after[place]),)
-            else:
-                self.add(place, "experts", layer, "compute")
-            if self.is_spread:
-                self.add(place, "combine", layer, "network", "ep")
-            if self.is_cut:
-                self.add(place, "all_gather" if self.is_spread else "allreduce", layer, "network", "tp")
+def _evenly(rows: list[int]) -> slice | NDArray[np.int64]:
+    """Row numbers as a slice where their steps are even, which is written several times as fast."""
+    steps = set(np.diff(rows).tolist())
+    return slice(rows[0], rows[-1] + 1, *steps) if len(steps) == 1 else np.array(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,23 +153,17 @@ class Forward:
         self._slot_params_LRS = slot_params_LRS
         self._operators = operators or partial(Operators, cluster.device)
         self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
-        rows: dict[tuple[str, int], list[int]] = {}
-        self.program = self._lower(expand, rows)
-        self._rows = {key: np.array(ops) for key, ops in rows.items()}
-        mixers = [layer.mixer for layer in self._layers if layer.mixer]
-        self._mixers = {mixer: np.array([mixer == other for other in mixers]) for mixer in dict.fromkeys(mixers)}
+        self.program = self._lower(expand)
         self._standing: dict[tuple[object, ...], _Standing] = {}
 
-    def _lower(self, expand: Expand | None, rows: dict[tuple[str, int], list[int]]) -> Program:
+    def _lower(self, expand: Expand | None) -> Program:
         ranks = np.arange(self.layout.num_ranks, dtype=np.int32)
         groups = {"tp": ranks // self._tp, "ep": ranks // (self.layout.experts.ep * self.layout.experts.etp)}
         draft = Draft(len(ranks), groups)
-        lowering = _Lowering(draft, rows, self._num_batches, self._tp > 1, self._spread)
-        moe_layer = 0
+        lowering, moe_layer = Lowering(draft, self._num_batches, self._tp > 1, self._spread), 0
         for i, layer in enumerate(self._layers):
-            routed = isinstance(layer.ffn, Experts)
             if layer.mixer:
-                lowering.attention(i, cut=routed and self._spread)
+                lowering.attention(i, halved=isinstance(layer.ffn, Experts) and self._spread)
             if isinstance(layer.ffn, Dense):
                 lowering.dense(i)
             elif isinstance(layer.ffn, Experts):
@@ -235,22 +172,35 @@ class Forward:
                 lowering.experts(i, beside, partial(expand, moe_layer) if expand else None)
                 moe_layer += 1
             if i >= len(self.model.layers) - 1:
-                lowering.add_all("head", -1 if i < len(self.model.layers) else i, "compute")
+                lowering.head(-1 if i < len(self.model.layers) else i)
+        last = lowering.write()
         if self._operators("value").calibration:
-            draft.add("host", -1, "host", after=lowering.last)
-            rows["host", 0] = [len(draft.operations) - 1]
+            lowering.rows["host", 0] = [draft.add("host", -1, "host", after=last)]
+        mixers = [layer.mixer for layer in self._layers if layer.mixer]
+        self._mixers = tuple(dict.fromkeys(mixers))
+        rows: dict[tuple[str | Mixer, int], list[int]] = {**lowering.rows}
+        for mixer, place in itertools.product(self._mixers, range(self._num_batches)):
+            attention = zip(mixers, lowering.rows["attention", place], strict=True)
+            rows[mixer, place] = [op for other, op in attention if other == mixer]
+        self._rows = {key: _evenly(ops) for key, ops in rows.items()}
         return draft.program()
 
-    def price(self, parts: Sequence[tuple[Batch, Counts | None]], bound: str = "value") -> Costs:
+    def price(
+        self,
+        parts: Sequence[tuple[Batch, Counts | None]],
+        bound: str = "value",
+        operators: Callable[[str], Operators] | None = None,
+    ) -> Costs:
         """Seconds and bytes of every operation.
 
         Args:
             parts: each of the batches that overlap (one, or two), with the counts of its tokens over the expert ranks
                 (over data-parallel groups where ep = 1); None where experts are priced as the step runs.
             bound: which end of the believed efficiencies to use.
+            operators: instead of those given at the start.
         """
-        ops = self._operators(bound)
-        standing = self._stand([batch for batch, _ in parts], ops)
+        ops = (operators or self._operators)(bound)
+        standing = self._stand([batch for batch, _ in parts], ops, is_kept=operators is None)
         costs = standing.costs.copy()
         for place, (batch, counts) in enumerate(parts):
             self._price_batch(place, batch, counts, costs, ops, standing)
@@ -266,24 +216,19 @@ class Forward:
         found = enumerate(self.program.operations)
         return [n for n, op in found if isinstance(op, Operation) and op.resource == "compute"]
 
-    def _put(
-        self, costs: Costs, name: str, place: int, timed: Timed, num_bytes: Floats | float = 0.0,
-        layers: NDArray[np.bool_] | None = None,
-    ) -> None:  # fmt: skip
-        """Write one part of one batch's step, or some of its layers, broadcast over layers and ranks."""
-        rows = self._rows.get((name, place))
-        if rows is None:
-            return
-        rows = rows if layers is None else rows[layers]
-        costs.seconds_NR[rows] = timed.seconds
-        costs.bytes_NR[rows] = num_bytes
-        costs.shares_NX[rows] = timed.shares_X
+    def _put(self, costs: Costs, part: str | Mixer, place: int, timed: Timed, num_bytes: Floats | None = None) -> None:
+        """Write one part of one batch's step (or its attention of one kind), broadcast over its layers and ranks."""
+        if (rows := self._rows.get((part, place))) is not None:
+            costs.seconds_NR[rows] = timed.seconds
+            costs.shares_NX[rows] = timed.shares_X
+            if num_bytes is not None:
+                costs.bytes_NR[rows] = num_bytes
 
-    def _stand(self, batches: Sequence[Batch], ops: Operators) -> _Standing:
+    def _stand(self, batches: Sequence[Batch], ops: Operators, is_kept: bool) -> _Standing:
         """Prices for as many tokens and requests in each group; those of decoding stay, as its iterations are alike."""
         shapes = [(batch.tokens_D(self._dp), batch.requests_D(self._dp)) for batch in batches]
         key = (ops.bound, *(array.tobytes() for shape in shapes for array in shape), *(b.queries for b in batches))
-        if (found := self._standing.get(key)) is not None:
+        if is_kept and (found := self._standing.get(key)) is not None:
             return found
         num_ops, num_ranks = len(self.program.operations), self.program.num_ranks
         costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
@@ -292,7 +237,7 @@ class Forward:
         ]
         self._put(costs, "host", 0, ops.host_overhead())
         found = _Standing(costs, projections)
-        if batches[0].phase == "decode":
+        if is_kept and batches[0].phase == "decode":
             self._standing = {key: found}
         return found
 
@@ -330,9 +275,9 @@ class Forward:
     ) -> None:
         """What contexts and routing change: attention and experts."""
         put = partial(self._put, costs, place=place)
-        for mixer, layers in self._mixers.items():
+        for mixer in self._mixers:
             timed = standing.projections[place][mixer] + self._attention_core_D(ops, mixer, batch)
-            put("attention", timed=timed.repeated(self._tp), layers=None if len(self._mixers) == 1 else layers)
+            put(mixer, timed=timed.repeated(self._tp))
         if self.model.moe_layers and counts is not None:
             self._price_experts(put, ops, counts)
 
