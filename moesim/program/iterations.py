@@ -67,7 +67,7 @@ class Iterations:
             if layout.num_shared_expert_ranks:
                 num_experts += 1
                 self._ids_TLK = with_shared(self._ids_TLK, num_experts - 1)
-            num_ranks = layout.num_ranks if self._spread else layout.attention.dp
+            num_ranks = layout.num_ranks if self._spread else layout.attention.dp * layout.attention.cp
             node_R = (np.arange(num_ranks) // cluster.devices_per_node).astype(np.int32)
             message = ALL_TO_ALLS[scenario.policies.all_to_all].message or "rank"
             message = message if self._spread else "rank"
@@ -132,7 +132,7 @@ class Iterations:
         batches = [whole, *(whole.halves(s.layout.attention.dp) if s.policies.two_batch_overlap else ())]
         places_U = np.unique(np.concatenate([blocks.edges(self._windows(batch)) for batch in batches]))
         rows_T, top_k = blocks.rows_PM.ravel(), self._ids_TLK.shape[2]
-        is_cut = self._spread and s.layout.attention.tp > 1  # tokens of a rank do not stand side by side
+        is_cut = self._ranks_per_group() > 1  # tokens of a rank do not stand side by side
         pays = POOL_PAYS * len(rows_T) <= len(whole.rows_B) * s.workload.num_decodes
         fits = RoutingPool.bytes_of(len(places_U), *placement.slot_expert_LP.shape, placement.ep) <= POOL_BYTES
         can = not is_cut and message != "node" and s.policies.network != "flows"
@@ -151,6 +151,11 @@ class Iterations:
         windows, queries = self._whole if batch.request_B is self._request_B else self._windows(batch), batch.queries
         first_W = np.concatenate([blocks.places(windows, batch.step + query) for query in range(queries)])
         return pool.count(np.tile(windows.group_W, queries), first_W, np.tile(windows.requests_W, queries))
+
+    def _ranks_per_group(self) -> int:
+        """Expert ranks among which the tokens of a data-parallel group are dealt out."""
+        attention = self.scenario.layout.attention
+        return attention.cp * (attention.tp if self._spread else 1)
 
     def repeats(self) -> list[str]:
         """What the trace was too short for, and what stood for it, one sentence each."""
@@ -248,9 +253,8 @@ class Iterations:
                 return self._count_windows(self._pool, self._blocks, batch)
             choice_B = batch.request_B % self._blocks.num_traced
         ids_TLK, source_B = self._ids_TLK, batch.group_B.astype(np.int32)
-        if self._spread:
-            tp = self.scenario.layout.attention.tp
-            source_B = (source_B * tp + np.arange(source_B.size) % tp).astype(np.int32)
+        dealt = self._ranks_per_group()
+        source_B = (source_B * dealt + np.arange(source_B.size) % dealt).astype(np.int32)
         counts = self._counter.count(ids_TLK, batch.rows_B, source_B, choice_B)
         if self._spread and self.scenario.policies.network == "flows":
             return self._counter.with_targets(counts, ids_TLK, batch.rows_B, source_B, choice_B)
