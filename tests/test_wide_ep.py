@@ -215,7 +215,7 @@ output_tokens = 3
 def test_what_cannot_be_is_told(tmp_path, more, said):
     path = tmp_path / "scenario.toml"
     path.write_text(SCENARIO.format(more=more))
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError) as error:
         load_scenarios(path)
     assert said in str(error.value)
 
@@ -254,11 +254,11 @@ def test_wide_ep_predicts_published_deployments():
     """Bounds as they were found, so that a change in either direction is seen."""
     trace = zipf_trace(58, 256, 8, num_requests=64, prompt_tokens=64, output_tokens=64, exponent=0.5)
     found = {case.case: case for case in validate_wide_ep(trace).cases}
-    for name, most in (("SGLang, decode EP72, batch 256 at 2,000", 0.15),
-                       ("DeepSeek production, decode EP144, batch 128 at 4,989", 0.15)):  # fmt: skip
+    for name, most in (("SGLang, decode EP72, 256 at 2K", 0.15),
+                       ("DeepSeek production, decode EP144, 128 at 5K", 0.15)):  # fmt: skip
         assert abs(found[name].error) < most
         assert found[name].is_covered
-    for name in ("SGLang, prefill EP32, prompts of 4K", "SGLang, decode EP72, batch 256 at 2,000"):
+    for name in ("SGLang, prefill EP32, 4K", "SGLang, decode EP72, 256 at 2K"):
         assert found[name].predicted > 1.05 * found[f"{name}, not rebalanced"].predicted
 
 
