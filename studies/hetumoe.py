@@ -90,7 +90,7 @@ def claims() -> list[Claim]:
         ),
         Claim(
             "leaders against flat, 8 x 8 GPUs", "recalled", 2.0, gain(8, half_size_bytes), "ratio", 0.25,
-            because=f"both gains together mean that flat got {rates[0]:.1f} and {rates[1]:.1f} GB/s of 12.5 through a NIC: "
+            because=f"both gains mean that flat got {rates[0]:.1f} and {rates[1]:.1f} GB/s of 12.5 through a NIC: "
             "nearly the same for messages of half the size, so a low share of the rate and not a price of each message",
         ),
         Claim(

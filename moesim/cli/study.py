@@ -115,6 +115,8 @@ def written(claim: Claim) -> tuple[str, str]:
     from moesim.report.tables import NONE, quantity, unit_of
 
     size, sign = unit_of(f"_{claim.unit}", [v for v in (claim.ours, claim.paper) if isinstance(v, float)])
+    if claim.unit == "tokens_per_s":
+        size, sign = 1.0, "tokens/s"
     sign = "\u00d7" if claim.unit == "ratio" else sign
 
     def say(value: float | str | None) -> str:
