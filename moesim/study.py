@@ -30,6 +30,7 @@ SECTIONS: Mapping[str, str] = {
 }
 """Start of a paragraph of a study's docstring -> what it is called here. All are needed; "Slow" may stand beside."""
 SLOW = "Slow"
+NOT_AT_HAND = "the paper's value is not at hand"
 
 _BOUNDS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
@@ -111,7 +112,7 @@ class Claim:
         if self.fitted:
             return f"fitted to this cell: {self.fitted}"
         if self.paper is None and not self.because:
-            return "the paper's value is not at hand"
+            return NOT_AT_HAND
         return self.because
 
     def as_json(self) -> dict[str, Any]:

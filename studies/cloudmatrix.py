@@ -12,7 +12,7 @@ Lever: number of ranks; direct writes over one bus (`low_latency`) against RDMA 
 
 Expected before the first run: on the bus, the time to start dominates; one constant, fitted to dispatch among 8 dies,
 gives the three other times. On H800 the NIC's rate dominates; the share of it that `low_latency` comes with, fitted to
-later times of DeepEP on its own page, gives all four times, and nothing is fitted here.
+later times on DeepEP's own page (EP32 and EP128), gives all four times, and nothing is fitted here.
 
 Cannot speak about: decode steps, micro-batches, speculation and caches; the time that an operator computes for.
 """
