@@ -215,10 +215,14 @@ def run_study(study: Study) -> Judged:
     """Compute every claim of a study.
 
     Raises:
+        RuntimeError: its code raised a ValueError: that is no fault of the input.
         ValueError: it claims nothing, or the same twice.
     """
     began = time.perf_counter()
-    claims: Sequence[Claim] = import_module(f"moesim.studies.{study.name}").claims()
+    try:
+        claims: Sequence[Claim] = import_module(f"moesim.studies.{study.name}").claims()
+    except ValueError as error:
+        raise RuntimeError(f"study {study.name!r} broke: {error}") from error
     twice = [says for says, times in Counter(claim.says for claim in claims).items() if times > 1]
     if twice or not claims:
         wrong = f"says {', '.join(map(repr, twice))} twice" if twice else "claims nothing"
