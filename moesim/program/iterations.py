@@ -17,8 +17,16 @@ from moesim.program.forward import Batch, Forward
 from moesim.program.offload import ExpertStore
 from moesim.program.operation import Costs, Program
 from moesim.routing.counting import Counter, Counts
+from moesim.routing.pool import RoutingPool
 from moesim.routing.replay import Replay
+from moesim.routing.staggered import Staggered
 from moesim.scenario import Scenario
+
+
+POOL_BYTES = 2**29
+"""Most memory for a prefix-summed pool; a larger one is counted token by token."""
+POOL_PAYS = 4
+"""Counting a token into a pool takes up to so many times as long as counting it in its iteration."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +56,18 @@ class Iterations:
         workload = scenario.workload
         self.lengths_Q = self.replay.prompt_lengths(workload.num_requests, workload.prompt_tokens)
         self._group_Q = np.arange(workload.num_requests) * layout.attention.dp // workload.num_requests
-        queries = 1 + workload.num_speculative_tokens
-        rows_SQ = self.replay.decode_rows(workload.num_requests, workload.num_decodes * queries)
-        # A request's next tokens, side by side: those that one iteration computes.
-        self._decode_SB = (
-            rows_SQ.reshape(workload.num_decodes, queries, -1).swapaxes(1, 2).reshape(workload.num_decodes, -1)
-        )
+        self._staggered: Staggered | None = None
+        num_steps = workload.num_decodes * (1 + workload.num_speculative_tokens)
+        if workload.routing_pool_tokens is None:
+            self._decode_SQ = self.replay.decode_rows(workload.num_requests, num_steps)
+        else:
+            per_group = max(1, workload.num_requests // layout.attention.dp)
+            self._staggered = Staggered.of(
+                self.replay.answers, workload.num_requests, num_steps, workload.routing_pool_tokens, per_group
+            )
         self._spread = layout.experts.ep > 1
         self._counter: Counter | None = None
+        self._pool: RoutingPool | None = None
         slot_params_LRS = np.zeros((0, 0, 0))
         self._ids_TLK = scenario.trace.expert_ids_TLK
         if model.moe_layers:
@@ -66,7 +78,10 @@ class Iterations:
             num_ranks = layout.num_ranks if self._spread else layout.attention.dp
             node_R = (np.arange(num_ranks) // cluster.devices_per_node).astype(np.int32)
             message = ALL_TO_ALLS[scenario.policies.all_to_all].message or "rank"
-            self._counter = Counter(placement, num_experts, num_ranks, node_R, message if self._spread else "rank")
+            message = message if self._spread else "rank"
+            self._counter = Counter(placement, num_experts, num_ranks, node_R, message)
+            if self._staggered is not None:
+                self._pool = self._make_pool(self._staggered, placement, num_experts, num_ranks, node_R, message)
             params_E = np.array(
                 [model.experts.expert_params(model.hidden_size, w) for w in model.experts.expert_widths]
             )
@@ -84,7 +99,7 @@ class Iterations:
             cluster, policies.all_to_all, policies.network == "flows", is_played, scenario.faults.slowed
         )
         num_batches, slowdown_R = 2 if policies.two_batch_overlap else 1, scenario.faults.slowdown_R(cluster.num_ranks)
-        self._forward = Forward(
+        self.forward = Forward(
             model, cluster, layout, slot_params_LRS, expand, self._operators, exchange, num_batches,
             workload.num_speculative_tokens, slowdown_R,
         )  # fmt: skip
@@ -104,6 +119,43 @@ class Iterations:
         last_LP = np.full((len(load_LE), shared), routed.num_experts, np.int32)
         return Placement(np.concatenate([placement.slot_expert_LP, last_LP], axis=1), ep)
 
+    def _make_pool(
+        self, staggered: Staggered, placement: Placement, num_experts: int, num_ranks: int, node_R: np.ndarray,
+        message: str,
+    ) -> RoutingPool | None:  # fmt: skip
+        """What counts decoding by windows of staggered tokens, where it can, pays and fits; counts are the same."""
+        s = self.scenario
+        whole = next(self.decode_batches())
+        batches = [whole, *(whole.halves(s.layout.attention.dp) if s.policies.two_batch_overlap else ())]
+        windows = [self._windows(batch) for batch in batches]
+        edges = np.concatenate([[*first_D, *(first_D + tokens_D)] for first_D, tokens_D in windows])
+        places_U = staggered.edges_U(edges.astype(np.int64))
+        used = RoutingPool.bytes_of(len(places_U), *placement.slot_expert_LP.shape, placement.ep)
+        is_cut = self._spread and s.layout.attention.tp > 1  # tokens of a rank do not stand side by side
+        if (
+            whole.queries > 1 or is_cut or message == "node" or s.policies.network == "flows" or used > POOL_BYTES
+            or windows[0][1].max() > staggered.num_tokens
+            or windows[0][1].max() > RoutingPool.most_tokens(message, self._ids_TLK.shape[2])
+            or POOL_PAYS * staggered.num_tokens > len(whole.rows_B) * s.workload.num_decodes
+        ):  # fmt: skip
+            return None
+        return RoutingPool(
+            self._ids_TLK, staggered.rows_T, placement, num_experts, num_ranks, node_R, message, places_U
+        )
+
+    def _windows(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Where the tokens of each group begin in the circle, and how many there are."""
+        assert batch.place_B is not None
+        tokens_D = np.bincount(batch.group_B, minlength=self.scenario.layout.attention.dp)
+        starts_D = np.cumsum(tokens_D) - tokens_D
+        return batch.place_B[np.minimum(starts_D, len(batch.place_B) - 1)], tokens_D
+
+    def repeats(self) -> list[str]:
+        """What the trace was too short for, and what stood for it, one sentence each."""
+        w = self.scenario.workload
+        found = self.replay.repeats(w.num_requests, w.prompt_tokens, w.output_tokens)
+        return found if self._staggered is None else [*found, self._staggered.facts(w.num_requests)]
+
     def _operators(self, bound: str) -> Operators:
         s = self.scenario
         return Operators(s.cluster.device, bound, s.tables, s.calibration)
@@ -120,14 +172,14 @@ class Iterations:
     def _future_SLE(self) -> np.ndarray:
         """Which experts each iteration will use, for oracles only: bool [S, L, E]."""
         ids_TLK, num_experts = self.scenario.trace.expert_ids_TLK, self.scenario.trace.num_experts
-        batches = [*self._prefill_batches(), *self._decode_batches()]
+        batches = [*self.prefill_batches(), *self.decode_batches()]
         used_SLE = np.zeros((len(batches), ids_TLK.shape[1], num_experts), np.bool_)
         for s, batch in enumerate(batches):
             ids_BLK = ids_TLK[batch.rows_B]
             used_SLE[s, np.arange(ids_TLK.shape[1])[None, :, None], ids_BLK] = True
         return used_SLE
 
-    def _prefill_batches(self) -> Iterator[Batch]:
+    def prefill_batches(self) -> Iterator[Batch]:
         """Waves of whole prompts; in each wave a group takes prompts up to `max_num_batched_tokens` (at least one)."""
         waiting = [list(np.flatnonzero(self._group_Q == g)) for g in range(self.scenario.layout.attention.dp)]
         limit = self.scenario.workload.max_num_batched_tokens
@@ -142,17 +194,22 @@ class Iterations:
             lengths, groups = self.lengths_Q[chosen], self._group_Q[chosen]
             yield Batch("prefill", lengths, groups, np.concatenate(rows), np.repeat(groups, lengths))
 
-    def _decode_batches(self) -> Iterator[Batch]:
+    def decode_batches(self) -> Iterator[Batch]:
+        """One batch for each decode iteration."""
         queries, gained = 1 + self.scenario.workload.num_speculative_tokens, self.scenario.workload.tokens_per_decode
-        group_B = np.repeat(self._group_Q, queries)
-        for step, rows_B in enumerate(self._decode_SB):
+        group_B, places_B = np.repeat(self._group_Q, queries), None
+        for step in range(self.scenario.workload.num_decodes):
             context_Q = self.lengths_Q + int(step * gained) + 1
-            yield Batch("decode", context_Q, self._group_Q, rows_B, group_B, queries)
+            if self._staggered is None:  # a request's next tokens stand side by side
+                rows_B = self._decode_SQ[step * queries : (step + 1) * queries].T.ravel()
+            else:
+                places_B, rows_B = self._staggered.step(step, queries)
+            yield Batch("decode", context_Q, self._group_Q, rows_B, group_B, queries, places_B)
 
     def __iter__(self) -> Iterator[Iteration]:
-        for batch in self._prefill_batches():
+        for batch in self.prefill_batches():
             yield self._iteration(batch)
-        for batch in self._decode_batches():
+        for batch in self.decode_batches():
             yield self._iteration(batch)
 
     def _iteration(self, batch: Batch) -> Iteration:
@@ -162,22 +219,28 @@ class Iterations:
             trace = self.scenario.trace
             predicted = trace.predicted_HTLW[0][batch.rows_B, :, : trace.top_k] if trace.predicted_HTLW else None
             self.store.begin(whole.load_LRS[:, 0, :], predicted)
-            costs = self._forward.price([(batch, None)], self.bound)
-            return Iteration(batch.phase, self._forward.program, costs, whole)
-        parts = [(batch, whole)]
-        if self.scenario.policies.two_batch_overlap:
-            parts = [(half, self._count(half)) for half in batch.halves(self.scenario.layout.attention.dp)]
-        return Iteration(batch.phase, self._forward.program, self._forward.price(parts, self.bound), whole)
+            costs = self.forward.price([(batch, None)], self.bound)
+            return Iteration(batch.phase, self.forward.program, costs, whole)
+        parts = self.parts(batch) if self.scenario.policies.two_batch_overlap else [(batch, whole)]
+        return Iteration(batch.phase, self.forward.program, self.forward.price(parts, self.bound), whole)
+
+    def parts(self, batch: Batch) -> list[tuple[Batch, Counts | None]]:
+        """The batches that overlap, or the one that does not, with the counts of their tokens."""
+        two = self.scenario.policies.two_batch_overlap
+        halves = batch.halves(self.scenario.layout.attention.dp) if two else (batch,)
+        return [(half, self._count(half)) for half in halves]
 
     def _count(self, batch: Batch) -> Counts | None:
         """Tokens of a batch over expert ranks."""
         if self._counter is None:
             return None
+        if self._pool is not None and batch.place_B is not None:
+            return self._pool.count(*self._windows(batch))
         ids_TLK, source_B = self._ids_TLK, batch.group_B.astype(np.int32)
         if self._spread:
             tp = self.scenario.layout.attention.tp
             source_B = (source_B * tp + np.arange(source_B.size) % tp).astype(np.int32)
-        counts = self._counter.count(ids_TLK, batch.rows_B, source_B)
+        counts = self._counter.count(ids_TLK, batch.rows_B, source_B, batch.place_B)
         if self._spread and self.scenario.policies.network == "flows":
-            return self._counter.with_targets(counts, ids_TLK, batch.rows_B, source_B)
+            return self._counter.with_targets(counts, ids_TLK, batch.rows_B, source_B, batch.place_B)
         return counts
