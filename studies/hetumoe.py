@@ -95,8 +95,8 @@ def claims() -> list[Claim]:
         ),
         Claim(
             "leaders against flat, 8 x 8 GPUs", "recalled", 2.0, gain(8, half_size_bytes), "ratio", 0.25,
-            because=f"both gains mean that flat got {rates[0] / 1e9:.1f} and {rates[1] / 1e9:.1f} GB/s of 12.5 through a "
-            "NIC: nearly the same for messages of half the size, so a low share of the rate, not a price of each message; "
+            because=f"both gains mean that flat got {rates[0] / 1e9:.1f} and {rates[1] / 1e9:.1f} GB/s of 12.5 through "
+            "a NIC: nearly the same for messages of half the size, so a low share of the rate, not a price of each; "
             f"the first rate alone gives {gain_at_rate(rates[0]):.2f}",
         ),
         Claim(
