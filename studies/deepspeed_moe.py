@@ -7,7 +7,8 @@ Setting: `dgx-a100` nodes, which have the A100-80GB and a 200 Gb/s NIC for each 
 experts, top-1, on every second layer, two matrices each of four times the hidden size; uniform random routing; one
 request per GPU for latency and eight for throughput, 128 tokens before them (the paper's batches are not at hand).
 Attention is data-parallel, and tensor-parallel by 8 for the model above 1T. A message costs as much as 64 kB more
-(2.6 us of a port), which is assumed, not fitted: only signs and the limit of no bytes rest on it.
+(2.6 us of a port), which is assumed, not fitted: only signs and the limit of no bytes rest on it. PR-MoE has more
+experts in its last two MoE layers (recalled) and a dense part beside them; MoS has an eighth of the layers less.
 
 Lever: `flat`, `two_level` (hierarchical) and `coordinated` all-to-alls; 8 to 64 GPUs.
 
@@ -47,13 +48,24 @@ MODELS = {
 """Base model -> layers, hidden size, billions of parameters with 128 experts."""
 
 
-def model(num_layers: int, hidden_size: int) -> ModelSpec:
-    """A GPT with experts in place of every second feed-forward part."""
-    mixer = Attention(hidden_size // 128, hidden_size // 128, 128)
-    dense = Dense(4 * hidden_size, gated=False)
-    routed = Experts((4 * hidden_size,) * NUM_EXPERTS, 1, gated=False)
-    layers = tuple(Layer(mixer, routed if place % 2 else dense) for place in range(num_layers))
-    return ModelSpec(f"gpt-{num_layers}x{hidden_size}-128e", hidden_size, 51_200, layers, tie_embeddings=True)
+PYRAMIDS = {
+    "350M+128e": (24, 1024, 128, 128, 13.0), "350M+PR-MoE-32/64": (24, 1024, 32, 64, 4.0),
+    "350M+PR-MoE-32/64+MoS": (21, 1024, 32, 64, 3.5), "1.3B+PR-MoE-64/128": (24, 2048, 64, 128, 31.0),
+    "1.3B+PR-MoE-64/128+MoS": (21, 2048, 64, 128, 27.0),
+}  # fmt: skip
+"""Model -> layers, hidden size, experts of the early and of the last two MoE layers, billions of parameters."""
+
+
+def model(num_layers: int, hidden_size: int, early: int = NUM_EXPERTS, late: int = NUM_EXPERTS) -> ModelSpec:
+    """A GPT with experts in place of every second feed-forward part; beside a dense one where their numbers differ."""
+    mixer, width = Attention(hidden_size // 128, hidden_size // 128, 128), 4 * hidden_size
+    residual_width = width if early != late else 0
+    few, many = (Experts((width,) * n, 1, gated=False, residual_width=residual_width) for n in (early, late))
+    ffns = [few if place % 2 else Dense(width, gated=False) for place in range(num_layers)]
+    for place in [place for place, ffn in enumerate(ffns) if ffn is few][-2:]:
+        ffns[place] = many
+    layers = tuple(Layer(mixer, ffn) for ffn in ffns)
+    return ModelSpec(f"gpt-{num_layers}x{hidden_size}-{late}e", hidden_size, 51_200, layers, tie_embeddings=True)
 
 
 @cache
@@ -113,13 +125,24 @@ def size_claims() -> list[Claim]:
             f"the table's {num_layers} layers make a base model of {base:.0f}B; {fits} layers give {other:.0f}B: "
             "the layers of the 8B and the 24B model seem to be exchanged"
         )
-    return [
+    found = [
         Claim(
             f"billions of parameters, {name}+128e: {num_layers} layers of {hidden_size}", "table of models", paper,
             model(num_layers, hidden_size).num_params / 1e9, "", 0.02, because=because.get(name, ""),
         )
         for name, (num_layers, hidden_size, paper) in MODELS.items()
     ]  # fmt: skip
+    return found + [
+        Claim(
+            f"billions of parameters, {name}",
+            "table of PR-MoE and MoS",
+            paper,
+            model(*shape).num_params / 1e9,
+            "",
+            0.05,
+        )
+        for name, (*shape, paper) in PYRAMIDS.items()
+    ]
 
 
 def exchange_claims() -> list[Claim]:
