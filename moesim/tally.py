@@ -140,6 +140,7 @@ _COMMUNICATION = (
     "dispatch",
     "combine",
     "allreduce",
+    "kv_exchange",
     "reduce_scatter",
     "all_gather",
     "expert_copies",

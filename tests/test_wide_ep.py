@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from moesim.estimate import estimate
 from moesim.faults import Faults
 from moesim.files.scenarios import load_scenarios
+from moesim.layout import AttentionGrid
+from moesim.mixers import Mamba
 from moesim.policies import Policies
 from moesim.policies.collective import ALL_TO_ALLS
 from moesim.policies.placement import Eplb
 from moesim.program.forward import Batch
 from moesim.program.iterations import Iterations
-from moesim.program.walk import walk
+from moesim.program.walk import account, walk
 from moesim.routing.synthetic import even_trace, zipf_trace
 from moesim.simulate import simulate
 from moesim.validate.cases import summary
@@ -266,3 +268,40 @@ def test_defaults_change_nothing():
     assert base.policies == Policies()
     assert estimate(base).metrics == estimate(with_policies(base, all_to_all="flat", network="ports")).metrics
     assert small_model().experts.num_groups == 1
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_context_parallel_ranks_share_the_tokens(spread):
+    """Half the queries each, the same experts' tokens in all; what they exchange takes the place of waiting."""
+    base = small_scenario(nodes=1, spread=spread, tp=1, requests=8, outputs=3, prompts=64)
+    experts = base.layout.experts
+    grids = {cp: dataclasses.replace(base.layout, attention=AttentionGrid(4 // cp, 1, cp), experts=experts)
+             for cp in (1, 2, 4)}  # fmt: skip
+    found = {cp: dataclasses.replace(base, layout=layout) for cp, layout in grids.items()}
+    assert not any(scenario.mistakes() for scenario in found.values())
+    played = {cp: list(Iterations(scenario)) for cp, scenario in found.items()}
+    for one, two, four in zip(*played.values(), strict=True):
+        loads = [i.counts.load_LRS.sum(axis=(1, 2)) for i in (one, two, four)]
+        assert (loads[0] == loads[1]).all() and (loads[0] == loads[2]).all()
+        assert "kv_exchange" not in one.program.parts and "kv_exchange" in two.program.parts
+        for other in (two, four):
+            walked = walk(other.program, other.costs)
+            exposed_XR, idle_R = account(walked)
+            np.testing.assert_allclose(exposed_XR.sum(axis=0) + idle_R, walked.seconds, rtol=1e-12)
+    memory = [scenario.memory_bytes()["kv_cache"] for scenario in found.values()]
+    assert memory[0] == pytest.approx(memory[2])  # four times the requests of a group, a quarter of each
+
+
+def test_one_long_prompt_is_faster_on_more_ranks():
+    base = small_scenario(requests=1, outputs=2, prompts=4096)
+    prefill = {}
+    for cp in (1, 4):
+        layout = dataclasses.replace(base.layout, attention=AttentionGrid(4 // cp, 1, cp))
+        prefill[cp] = estimate(dataclasses.replace(base, layout=layout)).metrics["ttft_s"]
+    assert prefill[4] < 0.6 * prefill[1]
+    recurrent = dataclasses.replace(base.layout, attention=AttentionGrid(2, 1, 2))
+    layers = tuple(dataclasses.replace(layer, mixer=Mamba(16, 4, 2, 8)) for layer in base.model.layers)
+    mistakes = dataclasses.replace(
+        base, layout=recurrent, model=dataclasses.replace(base.model, layers=layers)
+    ).mistakes()
+    assert any("cannot be cut by tokens" in said for said in mistakes)

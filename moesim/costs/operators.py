@@ -41,7 +41,7 @@ class Timed:
 
     def repeated(self, times: int) -> Timed:
         """Each entry along the last axis several times in a row."""
-        return Timed(np.repeat(self.seconds, times, axis=-1), self.rests_X)
+        return self if times == 1 else Timed(np.repeat(self.seconds, times, axis=-1), self.rests_X)
 
     def taken(self, index: Sequence[int] | slice) -> Timed:
         """Entries along the first axis."""

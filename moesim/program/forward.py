@@ -10,6 +10,7 @@ on their way, the other one computes. Layers that draft further tokens stand beh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -44,7 +45,7 @@ class Batch:
         rows_B: row of the trace for each token.
         group_B: data-parallel group of each token.
         queries: in decode, tokens of each request that are computed at once: one, and those drafted.
-        place_B: in staggered replay, place of each token in its circle.
+        request_B: in decode, the request of each token; step: how many tokens it has decoded before.
     """
 
     phase: str
@@ -53,7 +54,8 @@ class Batch:
     rows_B: NDArray[np.int64]
     group_B: NDArray[np.int64]
     queries: int = 1
-    place_B: NDArray[np.int64] | None = None
+    request_B: NDArray[np.int64] | None = None
+    step: int = 0
 
     def halves(self, num_groups: int) -> tuple[Batch, Batch]:
         """The first half of the requests of each group, and the other one; in prefill, of about as many tokens."""
@@ -70,7 +72,7 @@ class Batch:
     def _part(self, in_Q: NDArray[np.bool_], in_B: NDArray[np.bool_]) -> Batch:
         return Batch(
             self.phase, self.lengths_Q[in_Q], self.group_Q[in_Q], self.rows_B[in_B], self.group_B[in_B], self.queries,
-            None if self.place_B is None else self.place_B[in_B],
+            None if self.request_B is None else self.request_B[in_B], self.step,
         )  # fmt: skip
 
     def tokens_D(self, num_groups: int) -> Floats:
@@ -98,6 +100,12 @@ class Batch:
 def drafting_layer(model: ModelSpec) -> Layer:
     """The model's own layer for multi-token prediction, or one like its last."""
     return (*model.mtp_layers, model.layers[-1])[0]
+
+
+def _evenly(rows: list[int]) -> slice | NDArray[np.int64]:
+    """Row numbers as a slice where their steps are even, which is written several times as fast."""
+    steps = set(np.diff(rows).tolist())
+    return slice(rows[0], rows[-1] + 1, *steps) if len(steps) == 1 else np.array(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,18 +153,17 @@ class Forward:
         self._slot_params_LRS = slot_params_LRS
         self._operators = operators or partial(Operators, cluster.device)
         self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
-        rows: dict[tuple[str, int], list[int]] = {}
-        self.program = self._lower(expand, rows)
-        self._rows = {key: np.array(ops) for key, ops in rows.items()}
-        mixers = [layer.mixer for layer in self._layers if layer.mixer]
-        self._mixers = {mixer: np.array([mixer == other for other in mixers]) for mixer in dict.fromkeys(mixers)}
+        self._cp = layout.attention.cp
+        self.program = self._lower(expand)
         self._standing: dict[tuple[object, ...], _Standing] = {}
 
-    def _lower(self, expand: Expand | None, rows: dict[tuple[str, int], list[int]]) -> Program:
+    def _lower(self, expand: Expand | None) -> Program:
         ranks = np.arange(self.layout.num_ranks, dtype=np.int32)
         groups = {"tp": ranks // self._tp, "ep": ranks // (self.layout.experts.ep * self.layout.experts.etp)}
+        if self._cp > 1:
+            groups["cp"] = ranks // (self._tp * self._cp) * self._tp + ranks % self._tp
         draft = Draft(len(ranks), groups)
-        lowering, moe_layer = Lowering(draft, self._num_batches, self._tp > 1, self._spread, rows), 0
+        lowering, moe_layer = Lowering(draft, self._num_batches, self._tp > 1, self._spread, self._cp > 1), 0
         for i, layer in enumerate(self._layers):
             if layer.mixer:
                 lowering.attention(i, halved=isinstance(layer.ffn, Experts) and self._spread)
@@ -171,7 +178,14 @@ class Forward:
                 lowering.head(-1 if i < len(self.model.layers) else i)
         last = lowering.write()
         if self._operators("value").calibration:
-            rows["host", 0] = [draft.add("host", -1, "host", after=last)]
+            lowering.rows["host", 0] = [draft.add("host", -1, "host", after=last)]
+        mixers = [layer.mixer for layer in self._layers if layer.mixer]
+        self._mixers = tuple(dict.fromkeys(mixers))
+        rows: dict[tuple[str | Mixer, int], list[int]] = {**lowering.rows}
+        for mixer, place in itertools.product(self._mixers, range(self._num_batches)):
+            attention = zip(mixers, lowering.rows["attention", place], strict=True)
+            rows[mixer, place] = [op for other, op in attention if other == mixer]
+        self._rows = {key: _evenly(ops) for key, ops in rows.items()}
         return draft.program()
 
     def price(
@@ -189,7 +203,7 @@ class Forward:
             operators: instead of those given at the start.
         """
         ops = (operators or self._operators)(bound)
-        standing = self._stand([batch for batch, _ in parts], ops)
+        standing = self._stand([batch for batch, _ in parts], ops, is_kept=operators is None)
         costs = standing.costs.copy()
         for place, (batch, counts) in enumerate(parts):
             self._price_batch(place, batch, counts, costs, ops, standing)
@@ -205,39 +219,29 @@ class Forward:
         found = enumerate(self.program.operations)
         return [n for n, op in found if isinstance(op, Operation) and op.resource == "compute"]
 
-    def _put(
-        self, costs: Costs, name: str, place: int, timed: Timed, num_bytes: Floats | float = 0.0,
-        layers: NDArray[np.bool_] | None = None,
-    ) -> None:  # fmt: skip
-        """Write one part of one batch's step, or some of its layers, broadcast over layers and ranks."""
-        rows = self._rows.get((name, place))
-        if rows is None:
-            return
-        rows = rows if layers is None else rows[layers]
-        costs.seconds_NR[rows] = timed.seconds
-        costs.bytes_NR[rows] = num_bytes
-        costs.shares_NX[rows] = timed.shares_X
+    def _put(self, costs: Costs, part: str | Mixer, place: int, timed: Timed, num_bytes: Floats | None = None) -> None:
+        """Write one part of one batch's step (or its attention of one kind), broadcast over its layers and ranks."""
+        if (rows := self._rows.get((part, place))) is not None:
+            costs.seconds_NR[rows] = timed.seconds
+            costs.shares_NX[rows] = timed.shares_X
+            if num_bytes is not None:
+                costs.bytes_NR[rows] = num_bytes
 
-    def _stand(self, batches: Sequence[Batch], ops: Operators) -> _Standing:
+    def _stand(self, batches: Sequence[Batch], ops: Operators, is_kept: bool) -> _Standing:
         """Prices for as many tokens and requests in each group; those of decoding stay, as its iterations are alike."""
         shapes = [(batch.tokens_D(self._dp), batch.requests_D(self._dp)) for batch in batches]
-        known = tuple(ops.calibration.values.items()) if ops.calibration else ()
-        key = (
-            ops.bound,
-            known,
-            *(array.tobytes() for shape in shapes for array in shape),
-            *(b.queries for b in batches),
-        )
-        if (found := self._standing.get(key)) is not None:
+        key = (ops.bound, *(array.tobytes() for shape in shapes for array in shape), *(b.queries for b in batches))
+        if is_kept and (found := self._standing.get(key)) is not None:
             return found
         num_ops, num_ranks = len(self.program.operations), self.program.num_ranks
         costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
         projections = [
-            self._price_tokens(place, batch, shapes[place][0], costs, ops) for place, batch in enumerate(batches)
+            self._price_tokens(place, batch, self._dealt(shapes[place][0]), costs, ops)
+            for place, batch in enumerate(batches)
         ]
         self._put(costs, "host", 0, ops.host_overhead())
         found = _Standing(costs, projections)
-        if batches[0].phase == "decode":
+        if is_kept and batches[0].phase == "decode":
             self._standing = {key: found}
         return found
 
@@ -275,11 +279,38 @@ class Forward:
     ) -> None:
         """What contexts and routing change: attention and experts."""
         put = partial(self._put, costs, place=place)
-        for mixer, layers in self._mixers.items():
-            timed = standing.projections[place][mixer] + self._attention_core_D(ops, mixer, batch)
-            put("attention", timed=timed.repeated(self._tp), layers=None if len(self._mixers) == 1 else layers)
+        for mixer in self._mixers:
+            core = self._attention_core_D(ops, mixer, batch).repeated(self._cp)
+            put(mixer, timed=(standing.projections[place][mixer] + core).repeated(self._tp))
+        if self._cp > 1:
+            exchanged = {mixer: self._exchanged_D(mixer, batch) for mixer in self._mixers}
+            bytes_LR = np.repeat([exchanged[x.mixer] for x in self._layers if x.mixer], self._cp * self._tp, axis=-1)
+            moving_s = network.half_all_reduce_s(bytes_LR, self._cp, self.cluster, ops.bound, stride=self._tp)
+            start = ops.collective_start(self._cp * self._tp, self.cluster)
+            put("kv_exchange", timed=ops.collective(moving_s) + start, num_bytes=bytes_LR * (1 - 1 / self._cp))
         if self.model.moe_layers and counts is not None:
             self._price_experts(put, ops, counts)
+
+    def _dealt(self, amount_D: Floats) -> Floats:
+        """What each of the context-parallel ranks of a group has of the group's tokens or requests."""
+        return np.repeat(amount_D, self._cp) / self._cp
+
+    def _exchanged_D(self, mixer: Mixer, batch: Batch) -> Floats:
+        """Bytes among the context-parallel ranks of a group, one layer and slice.
+
+        In prefill all get all keys and values (Llama 3, arXiv 2407.21783, 3.3.2); in decode all get all queries, and
+        each the outputs of its own requests from all (Helix, arXiv 2507.07120).
+        """
+        if batch.phase == "prefill":
+            heads = min(self._tp, mixer.num_kv_heads) if isinstance(mixer, Attention) else 1
+            kv_bytes = BYTES_PER_PARAM[self.model.dtypes.kv]
+            return batch.kept_D(self._dp, mixer.window) * mixer.kv_values_per_token() / heads * kv_bytes
+        if isinstance(mixer, LatentAttention):
+            width = 2 * mixer.kv_lora_rank + mixer.qk_rope_head_dim
+        else:
+            assert isinstance(mixer, Attention)
+            width = 2 * mixer.head_dim
+        return batch.tokens_D(self._dp) * mixer.num_heads * width / self._tp * self._activation_bytes
 
     @property
     def _activation_bytes(self) -> float:
@@ -321,7 +352,7 @@ class Forward:
 
     def _head_R(self, ops: Operators, batch: Batch) -> Timed:
         """Output head over the last token of each request (and those drafted), cut by tp."""
-        requests_D = batch.requests_D(self._dp) * batch.queries
+        requests_D = self._dealt(batch.requests_D(self._dp)) * batch.queries
         shape = (-(-self.model.vocab_size // self._tp), self.model.hidden_size)
         head = self._matmuls(ops, (shape,), requests_D, self.model.dtypes.embedding)
         return (head + ops.launches(2.0)).repeated(self._tp)
@@ -336,7 +367,11 @@ class Forward:
         """Attention of one layer without its projections, for each data-parallel group (each of its ranks alike)."""
         tp, kv_bytes, h = self._tp, BYTES_PER_PARAM[self.model.dtypes.kv], self.model.hidden_size
         kept_D, requests_D = batch.kept_D(self._dp, mixer.window), batch.requests_D(self._dp)
-        pairs_D = batch.pairs_D(self._dp, mixer.window) if batch.phase == "prefill" else batch.queries * kept_D
+        if batch.phase == "decode":  # each rank has its share of every cache
+            kept_D = kept_D / self._cp
+            pairs_D = batch.queries * kept_D
+        else:
+            pairs_D = batch.pairs_D(self._dp, mixer.window) / self._cp
         cache_bytes = kept_D * mixer.kv_values_per_token() * kv_bytes
         if isinstance(mixer, Attention):
             flops = 4.0 * mixer.num_heads * mixer.head_dim * pairs_D / tp

@@ -16,12 +16,11 @@ from moesim.program.exchange import Exchange
 from moesim.program.forward import Batch, Forward
 from moesim.program.offload import ExpertStore
 from moesim.program.operation import Costs, Program
+from moesim.routing.blocks import Blocks, Windows, trimmed
 from moesim.routing.counting import Counter, Counts
 from moesim.routing.pool import RoutingPool
 from moesim.routing.replay import Replay
-from moesim.routing.staggered import Staggered
 from moesim.scenario import Scenario
-
 
 POOL_BYTES = 2**29
 """Most memory for a prefix-summed pool; a larger one is counted token by token."""
@@ -56,15 +55,8 @@ class Iterations:
         workload = scenario.workload
         self.lengths_Q = self.replay.prompt_lengths(workload.num_requests, workload.prompt_tokens)
         self._group_Q = np.arange(workload.num_requests) * layout.attention.dp // workload.num_requests
-        self._staggered: Staggered | None = None
-        num_steps = workload.num_decodes * (1 + workload.num_speculative_tokens)
-        if workload.routing_pool_tokens is None:
-            self._decode_SQ = self.replay.decode_rows(workload.num_requests, num_steps)
-        else:
-            per_group = max(1, workload.num_requests // layout.attention.dp)
-            self._staggered = Staggered.of(
-                self.replay.answers, workload.num_requests, num_steps, workload.routing_pool_tokens, per_group
-            )
+        self._blocks, self._decode_SQ = self._answers()
+        self._request_B = np.repeat(np.arange(workload.num_requests), 1 + workload.num_speculative_tokens)
         self._spread = layout.experts.ep > 1
         self._counter: Counter | None = None
         self._pool: RoutingPool | None = None
@@ -75,13 +67,14 @@ class Iterations:
             if layout.num_shared_expert_ranks:
                 num_experts += 1
                 self._ids_TLK = with_shared(self._ids_TLK, num_experts - 1)
-            num_ranks = layout.num_ranks if self._spread else layout.attention.dp
+            num_ranks = layout.num_ranks if self._spread else layout.attention.dp * layout.attention.cp
             node_R = (np.arange(num_ranks) // cluster.devices_per_node).astype(np.int32)
             message = ALL_TO_ALLS[scenario.policies.all_to_all].message or "rank"
             message = message if self._spread else "rank"
             self._counter = Counter(placement, num_experts, num_ranks, node_R, message)
-            if self._staggered is not None:
-                self._pool = self._make_pool(self._staggered, placement, num_experts, num_ranks, node_R, message)
+            if self._blocks is not None:
+                self._whole = self._windows(next(self.decode_batches()))
+                self._pool = self._make_pool(self._blocks, placement, num_experts, num_ranks, node_R, message)
             params_E = np.array(
                 [model.experts.expert_params(model.hidden_size, w) for w in model.experts.expert_widths]
             )
@@ -119,42 +112,59 @@ class Iterations:
         last_LP = np.full((len(load_LE), shared), routed.num_experts, np.int32)
         return Placement(np.concatenate([placement.slot_expert_LP, last_LP], axis=1), ep)
 
+    def _answers(self) -> tuple[Blocks | None, np.ndarray]:
+        """Rows of what is decoded: in blocks where traced answers are equally long, else [S, Q]."""
+        w, answers = self.scenario.workload, self.replay.answers
+        num_steps = w.num_decodes * (1 + w.num_speculative_tokens)
+        if w.routing_pool_tokens is not None:
+            per_group = max(1, w.num_requests // self.scenario.layout.attention.dp)
+            answers = trimmed(answers, w.num_requests, num_steps, w.routing_pool_tokens, per_group)
+        if len({len(rows) for rows in answers}) == 1:
+            return Blocks(np.stack(answers, axis=1)), np.zeros((0, w.num_requests), np.int64)
+        return None, self.replay.decode_rows(w.num_requests, num_steps)
+
     def _make_pool(
-        self, staggered: Staggered, placement: Placement, num_experts: int, num_ranks: int, node_R: np.ndarray,
-        message: str,
+        self, blocks: Blocks, placement: Placement, num_experts: int, num_ranks: int, node_R: np.ndarray, message: str
     ) -> RoutingPool | None:  # fmt: skip
-        """What counts decoding by windows of staggered tokens, where it can, pays and fits; counts are the same."""
+        """What counts decoding by windows of blocks, where it can, fits and pays; the counts are the same."""
         s = self.scenario
         whole = next(self.decode_batches())
         batches = [whole, *(whole.halves(s.layout.attention.dp) if s.policies.two_batch_overlap else ())]
-        windows = [self._windows(batch) for batch in batches]
-        edges = np.concatenate([[*first_D, *(first_D + tokens_D)] for first_D, tokens_D in windows])
-        places_U = staggered.edges_U(edges.astype(np.int64))
-        used = RoutingPool.bytes_of(len(places_U), *placement.slot_expert_LP.shape, placement.ep)
-        is_cut = self._spread and s.layout.attention.tp > 1  # tokens of a rank do not stand side by side
-        if (
-            whole.queries > 1 or is_cut or message == "node" or s.policies.network == "flows" or used > POOL_BYTES
-            or windows[0][1].max() > staggered.num_tokens
-            or windows[0][1].max() > RoutingPool.most_tokens(message, self._ids_TLK.shape[2])
-            or POOL_PAYS * staggered.num_tokens > len(whole.rows_B) * s.workload.num_decodes
-        ):  # fmt: skip
+        places_U = np.unique(np.concatenate([blocks.edges(self._windows(batch)) for batch in batches]))
+        rows_T, top_k = blocks.rows_PM.ravel(), self._ids_TLK.shape[2]
+        is_cut = self._ranks_per_group() > 1  # tokens of a rank do not stand side by side
+        pays = POOL_PAYS * len(rows_T) <= len(whole.rows_B) * s.workload.num_decodes
+        fits = RoutingPool.bytes_of(len(places_U), *placement.slot_expert_LP.shape, placement.ep) <= POOL_BYTES
+        can = not is_cut and message != "node" and s.policies.network != "flows"
+        if not (can and pays and fits and blocks.num_traced <= RoutingPool.most_tokens(message, top_k)):
             return None
+        choice_T = np.arange(len(rows_T)) % blocks.num_traced
         return RoutingPool(
-            self._ids_TLK, staggered.rows_T, placement, num_experts, num_ranks, node_R, message, places_U
+            self._ids_TLK, rows_T, choice_T, placement, num_experts, num_ranks, node_R, message, places_U
         )
 
-    def _windows(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Where the tokens of each group begin in the circle, and how many there are."""
-        assert batch.place_B is not None
-        tokens_D = np.bincount(batch.group_B, minlength=self.scenario.layout.attention.dp)
-        starts_D = np.cumsum(tokens_D) - tokens_D
-        return batch.place_B[np.minimum(starts_D, len(batch.place_B) - 1)], tokens_D
+    def _windows(self, batch: Batch) -> Windows:
+        assert self._blocks is not None and batch.request_B is not None
+        return Windows.of(batch.request_B[:: batch.queries], batch.group_Q, self._blocks.num_traced)
+
+    def _count_windows(self, pool: RoutingPool, blocks: Blocks, batch: Batch) -> Counts:
+        windows, queries = self._whole if batch.request_B is self._request_B else self._windows(batch), batch.queries
+        first_W = np.concatenate([blocks.places(windows, batch.step + query) for query in range(queries)])
+        return pool.count(np.tile(windows.group_W, queries), first_W, np.tile(windows.requests_W, queries))
+
+    def _ranks_per_group(self) -> int:
+        """Expert ranks among which the tokens of a data-parallel group are dealt out."""
+        attention = self.scenario.layout.attention
+        return attention.cp * (attention.tp if self._spread else 1)
 
     def repeats(self) -> list[str]:
         """What the trace was too short for, and what stood for it, one sentence each."""
         w = self.scenario.workload
         found = self.replay.repeats(w.num_requests, w.prompt_tokens, w.output_tokens)
-        return found if self._staggered is None else [*found, self._staggered.facts(w.num_requests)]
+        if w.routing_pool_tokens is not None and self._blocks is not None:
+            length, num_traced = self._blocks.rows_PM.shape
+            found.append(f"decoding replays {length} tokens of the answers of {num_traced} requests of the trace")
+        return found
 
     def _operators(self, bound: str) -> Operators:
         s = self.scenario
@@ -197,14 +207,17 @@ class Iterations:
     def decode_batches(self) -> Iterator[Batch]:
         """One batch for each decode iteration."""
         queries, gained = 1 + self.scenario.workload.num_speculative_tokens, self.scenario.workload.tokens_per_decode
-        group_B, places_B = np.repeat(self._group_Q, queries), None
-        for step in range(self.scenario.workload.num_decodes):
-            context_Q = self.lengths_Q + int(step * gained) + 1
-            if self._staggered is None:  # a request's next tokens stand side by side
-                rows_B = self._decode_SQ[step * queries : (step + 1) * queries].T.ravel()
-            else:
-                places_B, rows_B = self._staggered.step(step, queries)
-            yield Batch("decode", context_Q, self._group_Q, rows_B, group_B, queries, places_B)
+        group_B = np.repeat(self._group_Q, queries)
+        for decode in range(self.scenario.workload.num_decodes):
+            context_Q, step = self.lengths_Q + int(decode * gained) + 1, decode * queries
+            rows = [self._decoded_rows(step + query) for query in range(queries)]
+            rows_B = rows[0] if queries == 1 else np.stack(rows, axis=1).ravel()  # those of a request side by side
+            yield Batch("decode", context_Q, self._group_Q, rows_B, group_B, queries, self._request_B, step)
+
+    def _decoded_rows(self, step: int) -> np.ndarray:
+        if self._blocks is None:
+            return np.asarray(self._decode_SQ[step])
+        return self._blocks.rows(self.scenario.workload.num_requests, step)
 
     def __iter__(self) -> Iterator[Iteration]:
         for batch in self.prefill_batches():
@@ -234,13 +247,15 @@ class Iterations:
         """Tokens of a batch over expert ranks."""
         if self._counter is None:
             return None
-        if self._pool is not None and batch.place_B is not None:
-            return self._pool.count(*self._windows(batch))
+        choice_B = None
+        if self._blocks is not None and batch.request_B is not None:
+            if self._pool is not None:
+                return self._count_windows(self._pool, self._blocks, batch)
+            choice_B = batch.request_B % self._blocks.num_traced
         ids_TLK, source_B = self._ids_TLK, batch.group_B.astype(np.int32)
-        if self._spread:
-            tp = self.scenario.layout.attention.tp
-            source_B = (source_B * tp + np.arange(source_B.size) % tp).astype(np.int32)
-        counts = self._counter.count(ids_TLK, batch.rows_B, source_B, batch.place_B)
+        dealt = self._ranks_per_group()
+        source_B = (source_B * dealt + np.arange(source_B.size) % dealt).astype(np.int32)
+        counts = self._counter.count(ids_TLK, batch.rows_B, source_B, choice_B)
         if self._spread and self.scenario.policies.network == "flows":
-            return self._counter.with_targets(counts, ids_TLK, batch.rows_B, source_B, batch.place_B)
+            return self._counter.with_targets(counts, ids_TLK, batch.rows_B, source_B, choice_B)
         return counts

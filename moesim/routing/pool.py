@@ -19,8 +19,8 @@ MAX_COUNT = 2**16 - 1
 
 
 @njit(cache=True)
-def _accumulate(ids_TLK, rows_T, slot_LXE, rank_P, every, kept_T, sent_LUE, slots_LUP):  # type: ignore[no-untyped-def]
-    """Totals of the tokens before each kept place: a destination rank counts once a token, a slot once an assignment."""
+def _accumulate(ids_TLK, rows_T, choice_T, slot_LXE, rank_P, every, kept_T, sent_LUE, slots_LUP):  # type: ignore[no-untyped-def]
+    """Totals before each kept place: a destination rank counts once a token, a slot once an assignment."""
     num_layers, num_choices, top_k = slot_LXE.shape[0], slot_LXE.shape[1], ids_TLK.shape[2]
     sent_LE = np.zeros((num_layers, sent_LUE.shape[2]), np.uint16)
     slots_LP = np.zeros((num_layers, rank_P.size), np.uint16)
@@ -31,7 +31,7 @@ def _accumulate(ids_TLK, rows_T, slot_LXE, rank_P, every, kept_T, sent_LUE, slot
             slots_LUP[:, kept_T[t]] = slots_LP
         if t == rows_T.size:
             break
-        row, choice = rows_T[t], t % num_choices
+        row, choice = rows_T[t], choice_T[t] % num_choices
         for layer in range(num_layers):
             for k in range(top_k):
                 slot = slot_LXE[layer, choice, ids_TLK[row, layer, k]]
@@ -42,99 +42,99 @@ def _accumulate(ids_TLK, rows_T, slot_LXE, rank_P, every, kept_T, sent_LUE, slot
 
 
 @njit(cache=True)
-def _read(sent_LUE, slots_LUP, first_R, last_R, wraps_R, whole, far_RE, is_chained_G, load_LGP, traffic_CLR):  # type: ignore[no-untyped-def]
-    """Add the window from row `first` to row `last` of each source rank, and `wraps` times the `whole` pool.
+def _read(sent_LUE, slots_LUP, source_W, low_W, high_W, tokens_W, far_RE, load_LGP, traffic_CLR):  # type: ignore[no-untyped-def]
+    """Add the windows from row `low` to row `high`, each sent by a source rank.
 
     The inner loops run over whole rows of arrays that start at 0, so that they become vector instructions; views of
     arrays are made once a layer, since each costs as much as a row.
     """
     num_layers, ep, num_slots = sent_LUE.shape[0], sent_LUE.shape[2], slots_LUP.shape[2]
     window_E, window_P = np.empty(ep, np.uint16), np.empty(num_slots, np.uint16)
-    near_E, beyond_E = np.empty(ep, np.int32), np.empty(ep, np.int32)
+    received_E, beyond_E = np.empty(ep, np.int32), np.empty(ep, np.int32)
     for layer in range(num_layers):
-        sent_UE, slots_UP, load_GP, traffic_CR = (
-            sent_LUE[layer],
-            slots_LUP[layer],
-            load_LGP[layer],
-            traffic_CLR[:, layer],
-        )
-        for group in range(first_R.size // ep):
-            base = group * ep
-            near_E[:] = 0
-            beyond_E[:] = 0
-            for own in range(ep):
-                source = base + own
-                low, high, turns = first_R[source], last_R[source], np.uint16(wraps_R[source])
-                for r in range(ep):
-                    window_E[r] = sent_UE[high, r] - sent_UE[low, r]
-                if turns:
-                    for r in range(ep):
-                        window_E[r] += sent_UE[whole, r]
-                window_E[own] = 0  # what stays on its rank does not travel
-                sum_all, sum_far = np.int32(0), np.int32(0)
-                for r in range(ep):
-                    tokens = np.int32(window_E[r])
-                    far = np.int32(tokens * far_RE[source, r])
-                    near_E[r] += tokens - far
-                    beyond_E[r] += far
-                    sum_all += tokens
-                    sum_far += far
-                traffic_CR[0, source] = sum_all - sum_far
-                traffic_CR[1, source] = sum_far
+        sent_UE, slots_UP = sent_LUE[layer], slots_LUP[layer]
+        load_GP, traffic_CR = load_LGP[layer], traffic_CLR[:, layer]
+        begin, chained = 0, 0  # windows of a group's ranks that follow each other: their loads are one difference
+        received_E[:] = 0
+        beyond_E[:] = 0
+        for w in range(source_W.size):
+            source, low, high = source_W[w], low_W[w], high_W[w]
+            group, own = source // ep, source % ep
             for r in range(ep):
-                traffic_CR[2, base + r] = near_E[r]
-                traffic_CR[3, base + r] = beyond_E[r]
-            for own in range(1 if is_chained_G[group] else ep):
-                last = base + (ep - 1 if is_chained_G[group] else own)
-                low, high, turns = first_R[base + own], last_R[last], np.uint16(wraps_R[base + own : last + 1].sum())
+                window_E[r] = sent_UE[high, r] - sent_UE[low, r]
+            window_E[own] = 0  # what stays on its rank does not travel
+            sum_all, sum_far = np.int32(0), np.int32(0)
+            for r in range(ep):
+                tokens = np.int32(window_E[r])
+                far = np.int32(tokens * far_RE[source, r])
+                received_E[r] += tokens
+                beyond_E[r] += far
+                sum_all += tokens
+                sum_far += far
+            traffic_CR[0, source] += sum_all - sum_far
+            traffic_CR[1, source] += sum_far
+            is_last = w + 1 == source_W.size or source_W[w + 1] // ep != group
+            chained += tokens_W[w]
+            if is_last or low_W[w + 1] != high or chained + tokens_W[w + 1] > MAX_COUNT:
+                first = low_W[begin]
                 for p in range(num_slots):
-                    window_P[p] = slots_UP[high, p] - slots_UP[low, p] + turns * slots_UP[whole, p]
+                    window_P[p] = slots_UP[high, p] - slots_UP[first, p]
                 for p in range(num_slots):
                     load_GP[group, p] += np.int32(window_P[p])
+                begin, chained = w + 1, 0
+            if is_last:
+                for r in range(ep):
+                    traffic_CR[2, group * ep + r] += received_E[r] - beyond_E[r]
+                    traffic_CR[3, group * ep + r] += beyond_E[r]
+                received_E[:] = 0
+                beyond_E[:] = 0
 
 
 class RoutingPool:
     """Tokens of a trace in a fixed order, with totals per layer, destination rank and slot at some places.
 
-    Memory: 2 (U + 2) L (ep + P) bytes, for U places and a placement of P slots on ep ranks (`bytes_of`).
+    Memory: 2 U L (ep + P) bytes, for U places and a placement of P slots on ep ranks (`bytes_of`).
 
     Args:
         ids_TLK: the trace's expert ids.
         rows_T: rows of the trace in the order of the pool, which may repeat.
-        placement: slots of one expert-parallel group; token t of the pool takes copy t mod n of an expert with n.
+        choice_T: number by which each token chooses among the copies of an expert, see `SlotTables`.
+        placement: slots of one expert-parallel group.
         num_experts: E.
         num_ranks: R expert ranks: groups of `placement.ep`.
         node_R: int32 [R], the node of each rank.
         message: "rank" or "choice", see `moesim.routing.counting.MESSAGES`.
-        places_U: places where windows may begin and end, 0 to len(rows_T); all if None.
+        places_U: places where windows may begin and end, increasing, 0 to len(rows_T).
+
+    Raises:
+        ValueError: messages are by node, which windows cannot count.
     """
 
     def __init__(
         self,
         ids_TLK: NDArray[np.unsignedinteger],
         rows_T: NDArray[np.int64],
+        choice_T: NDArray[np.int64],
         placement: Placement,
         num_experts: int,
         num_ranks: int,
         node_R: Ints,
-        message: str = "rank",
-        places_U: NDArray[np.int64] | None = None,
+        message: str,
+        places_U: NDArray[np.int64],
     ) -> None:
         if message not in ("rank", "choice"):
             raise ValueError(f"a pool counts messages by rank or by choice, given {message!r}; count token by token")
         tables = SlotTables.of(placement, num_experts)
         self._ep, self._num_ranks = placement.ep, num_ranks
         self.num_layers, self._num_slots = placement.slot_expert_LP.shape
-        self.num_tokens = len(rows_T)
         self._most = self.most_tokens(message, ids_TLK.shape[2])
-        kept = np.arange(self.num_tokens + 1) if places_U is None else np.union1d(places_U, [0, self.num_tokens])
-        self._row_T = np.full(self.num_tokens + 1, -1, np.int64)
-        self._row_T[kept] = np.arange(len(kept))
-        self._sent_LUE = np.empty((self.num_layers, len(kept), placement.ep), np.uint16)
-        self._slots_LUP = np.empty((self.num_layers, len(kept), self._num_slots), np.uint16)
+        self._row_T = np.full(len(rows_T) + 1, -1, np.int64)
+        self._row_T[places_U] = np.arange(len(places_U))
+        self._sent_LUE = np.empty((self.num_layers, len(places_U), placement.ep), np.uint16)
+        self._slots_LUP = np.empty((self.num_layers, len(places_U), self._num_slots), np.uint16)
         _accumulate(
-            ids_TLK, rows_T, tables.slot_LXE, tables.rank_P, message == "choice", self._row_T, self._sent_LUE,
-            self._slots_LUP,
+            ids_TLK, rows_T, choice_T, tables.slot_LXE, tables.rank_P, message == "choice", self._row_T,
+            self._sent_LUE, self._slots_LUP,
         )  # fmt: skip
         base_R = np.arange(num_ranks) // placement.ep * placement.ep
         node_RE = node_R[base_R[:, None] + np.arange(placement.ep)]
@@ -143,51 +143,37 @@ class RoutingPool:
     @staticmethod
     def bytes_of(num_places: int, num_layers: int, num_slots: int, ep: int) -> int:
         """Memory of the totals."""
-        return 2 * (num_places + 2) * num_layers * (ep + num_slots)
+        return 2 * num_places * num_layers * (ep + num_slots)
 
     @staticmethod
     def most_tokens(message: str, top_k: int) -> int:
-        """Tokens of the longest window whose counts totals can tell."""
+        """Most tokens of a window whose counts totals can tell."""
         return MAX_COUNT // (top_k if message == "choice" else 1)
 
-    def count(self, first_R: NDArray[np.int64], tokens_R: NDArray[np.int64]) -> Counts:
-        """Counts of a step in which rank r sends the `tokens_R[r]` tokens of the pool from `first_R[r]` on.
+    def count(
+        self, source_W: NDArray[np.int64], first_W: NDArray[np.int64], tokens_W: NDArray[np.int64]
+    ) -> Counts:  # fmt: skip
+        """Counts of a step: window w is the `tokens_W[w]` tokens of the pool from `first_W[w]` on, sent by a rank.
 
-        A window that reaches the end of the pool goes on at its start.
+        Args:
+            source_W: source ranks; those of one group side by side.
 
         Raises:
-            ValueError: a window does not start in the pool, is longer than the pool or than totals can tell, or begins
-                or ends at a place that was not kept.
+            ValueError: a window does not lie in the pool, holds more than totals can tell, or begins or ends at a place
+                that was not kept.
         """
-        most = min(self.num_tokens, self._most)
-        if not (
-            first_R.min() >= 0 and first_R.max() < self.num_tokens and 0 <= tokens_R.min() <= tokens_R.max() <= most
-        ):
+        last_W, num_tokens = first_W + tokens_W, len(self._row_T) - 1
+        if first_W.min() < 0 or last_W.max() > num_tokens or tokens_W.min() < 0 or tokens_W.max() > self._most:
             raise ValueError(
-                f"windows must start in 0..{self.num_tokens - 1} and hold at most {most} tokens; "
-                f"given starts {first_R.min()}..{first_R.max()}, tokens {tokens_R.min()}..{tokens_R.max()}; "
-                "make the pool larger or the windows shorter"
+                f"windows must lie in 0..{num_tokens} and hold at most {self._most} tokens; given "
+                f"{first_W.min()}..{last_W.max()}, tokens {tokens_W.min()}..{tokens_W.max()}"
             )
-        last_R = first_R + tokens_R
-        wraps_R = (last_R >= self.num_tokens).astype(np.int64)
-        last_R = last_R - wraps_R * self.num_tokens
-        rows_R, ends_R = self._row_T[first_R], self._row_T[last_R]
-        if min(rows_R.min(), ends_R.min()) < 0:
+        low_W, high_W = self._row_T[first_W], self._row_T[last_W]
+        if min(low_W.min(), high_W.min()) < 0:
             raise ValueError("a window begins or ends where the pool kept no totals; name the place in places_U")
-        groups = self._num_ranks // self._ep
-        load_LGP = np.zeros((self.num_layers, groups, self._num_slots), np.int32)
-        traffic_CLR = np.empty((4, self.num_layers, self._num_ranks), np.int32)
+        load_LGP = np.zeros((self.num_layers, self._num_ranks // self._ep, self._num_slots), np.int32)
+        traffic_CLR = np.zeros((4, self.num_layers, self._num_ranks), np.int32)
         _read(
-            self._sent_LUE, self._slots_LUP, rows_R, ends_R, wraps_R, self._row_T[-1], self._far_RE,
-            self._is_chained_G(first_R, last_R, tokens_R), load_LGP, traffic_CLR,
+            self._sent_LUE, self._slots_LUP, source_W, low_W, high_W, tokens_W, self._far_RE, load_LGP, traffic_CLR
         )  # fmt: skip
         return Counts(load_LGP.reshape(self.num_layers, self._num_ranks, -1), traffic_CLR)
-
-    def _is_chained_G(
-        self, first_R: NDArray[np.int64], last_R: NDArray[np.int64], tokens_R: NDArray[np.int64]
-    ) -> NDArray[np.bool_]:
-        """Whether the windows of a group's ranks follow each other, and totals can tell their sum."""
-        first_GE, last_GE, tokens_GE = (array.reshape(-1, self._ep) for array in (first_R, last_R, tokens_R))
-        gap_GE = (first_GE[:, 1:] - last_GE[:, :-1]) % self.num_tokens
-        follows_G = (gap_GE == 0).all(axis=1)
-        return np.asarray(follows_G & (tokens_GE.sum(axis=1) <= MAX_COUNT))
