@@ -142,7 +142,7 @@ def test_a_changed_verdict_ends_with_1(monkeypatch):
         monkeypatch.setattr(study, "claims", lambda changed=changed: [changed])
         found = CliRunner().invoke(cli, ["study", "run", "hetumoe"])
         assert found.exit_code == 1
-        assert "committed" in found.stdout and "1 verdicts are not the committed ones" in found.stderr
+        assert "committed" in found.stdout and "verdicts that are not the committed ones: 1" in found.stderr
 
 
 @pytest.mark.parametrize("asked", [["hetumo"], [], ["hetumoe", "--all"]])

@@ -56,7 +56,7 @@ def run_command(names: tuple[str, ...], all_studies: bool, as_json: bool) -> Non
     else:
         _print(judged, shape["totals"])
     if shape["totals"]["changed"]:
-        click.echo(f"{shape['totals']['changed']} verdicts are not the committed ones", err=True)
+        click.echo(f"verdicts that are not the committed ones: {shape['totals']['changed']}", err=True)
         sys.exit(1)
 
 
