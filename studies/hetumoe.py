@@ -4,7 +4,7 @@ Question: where eight GPUs share one 100 Gb/s NIC, is it faster to collect a nod
 
 Setting: 4 and 8 nodes of `pcie-box-3090-x8`; which GPUs the paper had is not known here, and only their links count.
 Every GPU has 16 MiB to send in equal shares; the paper's size is not at hand either, but as the constant below is
-fitted for it, the ratios hardly depend on it.
+fitted for it, the ratios do not depend on it (nor does the verdict on PCIe 3.0 or 4.0).
 
 Lever: `flat` against `leaders` (1DH): gather in the node, exchange between first GPUs, scatter.
 

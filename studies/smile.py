@@ -3,7 +3,7 @@
 Question: on 128 GPUs behind EFA, what is gained by sending a token to its node first, and to its GPU there after?
 
 Setting: 16 nodes of `p4d-24xlarge` (8 A100, four NICs of 100 Gb/s). Every GPU has 64 MiB to send in equal shares,
-top-1; the paper's size is not at hand, and hardly matters, as the constant below is fitted for it.
+top-1; the paper's size is not at hand, and does not matter, as the constant below is fitted for it.
 
 Lever: `flat` among 128 GPUs, against `rails` (between GPUs of equal index, then inside nodes), one after the other.
 
