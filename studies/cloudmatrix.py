@@ -12,7 +12,7 @@ Lever: number of ranks; direct writes over one bus (`low_latency`) against RDMA 
 
 Expected before the first run: on the bus, the time to start dominates; one constant, fitted to dispatch among 8 dies,
 should give the three other times; by hand, dispatch EP256 comes out a fifth low and combine EP8 a quarter high. On H800
-the NIC's rate dominates; the share of it that `low_latency` comes with, fitted to later times on DeepEP's own page (EP32
+the NIC's rate dominates; the share of it that `low_latency` comes with, fitted to later times on DeepEP's page (EP32
 and EP128), gives all four times within a tenth by hand, and nothing is fitted here.
 
 Cannot speak about: decode steps, micro-batches and speculation, which `moesim validate wide-ep` predicts; caches; the
