@@ -52,10 +52,12 @@ class _Standing:
 
     costs: of all operations but attention and what follows the routing, which are 0.
     projections: of attention, with its launches, for each batch and mixer.
+    start: of a dispatch or a combine.
     """
 
     costs: Costs
     projections: list[dict[Mixer, Timed]]
+    start: Timed
 
 
 class Forward:
@@ -171,7 +173,7 @@ class Forward:
         costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
         projections = [self._price_tokens(place, batch, costs, ops) for place, batch in enumerate(batches)]
         self._put(costs, "host", 0, ops.host_overhead())
-        found = _Standing(costs, projections)
+        found = _Standing(costs, projections, ops.collective_start(self.layout.experts.ep, self.cluster))
         if is_kept and batches[0].phase == "decode":
             self._standing = {key: found}
         return found
@@ -212,7 +214,7 @@ class Forward:
             timed = standing.projections[place][mixer] + self._attention_core_D(ops, mixer, batch)
             put(mixer, timed=timed.repeated(self._tp))
         if self.model.moe_layers and counts is not None:
-            self._price_experts(put, ops, counts)
+            self._price_experts(put, ops, counts, standing.start)
 
     @property
     def _activation_bytes(self) -> float:
@@ -228,7 +230,7 @@ class Forward:
         put("reduce_scatter", timed=half, num_bytes=moved)
         put("all_gather", timed=half, num_bytes=moved)
 
-    def _price_experts(self, put: Callable[..., None], ops: Operators, counts: Counts) -> None:
+    def _price_experts(self, put: Callable[..., None], ops: Operators, counts: Counts, start: Timed) -> None:
         ffn, h, dtypes = self.model.experts, self.model.hidden_size, self.model.dtypes
         layer_L: Sequence[int] | slice = slice(None)
         if self._num_drafts:  # they route as the last layer
@@ -237,7 +239,6 @@ class Forward:
         put("experts", timed=experts if self._spread else experts.repeated(self._tp))
         if self._spread:
             sizes = {"dispatch": h * self._dispatch_bytes, "combine": h * self._activation_bytes}
-            start = ops.collective_start(self.layout.experts.ep, self.cluster)
             for name, token_bytes in sizes.items():
                 seconds_LR = self._exchange.seconds_LR(counts, token_bytes, ops.bound, name == "combine")
                 near_LR, far_LR = counts.traffic_CLR[:2] if name == "dispatch" else counts.traffic_CLR[2:]
