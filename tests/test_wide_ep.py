@@ -18,7 +18,7 @@ from moesim.mixers import Mamba
 from moesim.policies import Policies
 from moesim.policies.collective import ALL_TO_ALLS
 from moesim.policies.placement import Eplb
-from moesim.program.forward import Batch
+from moesim.program.batch import Batch, Members
 from moesim.program.iterations import Iterations
 from moesim.program.walk import account, walk
 from moesim.routing.synthetic import even_trace, zipf_trace
@@ -46,14 +46,15 @@ def test_two_batches_hold_every_token_once_and_share_each_group(requests, querie
     for phase in ("prefill", "decode"):
         each = lengths_Q if phase == "prefill" else np.full(len(group_Q), queries)
         rows_B = np.arange(each.sum())
-        batch = Batch(phase, lengths_Q, group_Q, rows_B, np.repeat(group_Q, each), queries)
-        one, two = batch.halves(4)
+        members = Members(np.arange(len(group_Q)), group_Q, np.repeat(group_Q, each), 4)
+        batch = Batch(phase, lengths_Q, members, rows_B, queries)
+        one, two = batch.halves()
         assert sorted([*one.rows_B, *two.rows_B]) == rows_B.tolist()
         assert sorted([*one.lengths_Q, *two.lengths_Q]) == sorted(lengths_Q)
         assert (one.queries, two.queries) == (queries, queries)
         for half in (one, two):
             assert len(half.rows_B) == (half.lengths_Q.sum() if phase == "prefill" else queries * len(half.lengths_Q))
-        tokens_DH = np.stack([np.bincount(half.group_B, minlength=4) for half in (one, two)], axis=1)
+        tokens_DH = np.stack([np.bincount(half.members.group_B, minlength=4) for half in (one, two)], axis=1)
         assert (np.abs(np.diff(tokens_DH, axis=1))[:, 0] <= each.max()).all()
 
 
