@@ -168,6 +168,7 @@ _COMMUNICATION = (
     "combine",
     "allreduce",
     "kv_exchange",
+    "send",
     "reduce_scatter",
     "all_gather",
     "expert_copies",

@@ -91,13 +91,13 @@ class Forward:
         self._num_batches, self._num_drafts = num_batches, num_drafts
         self._layers = (*model.layers, *(drafting_layer(model),) * num_drafts)
         self._slot_params_LRS = slot_params_LRS
-        self._operators = operators or partial(Operators, cluster.device)
+        self.operators = operators or partial(Operators, cluster.device)
         self._tp, self._cp, self._spread = layout.attention.tp, layout.attention.cp, layout.experts.ep > 1
         self.program = self._lower(expand)
         self._standing: dict[tuple[str | Members, ...], _Standing] = {}
 
     def _lower(self, expand: Expand | None) -> Program:
-        ranks = np.arange(self.layout.num_ranks, dtype=np.int32)
+        ranks = np.arange(self.layout.attention.num_ranks, dtype=np.int32)
         groups = {"tp": ranks // self._tp, "ep": ranks // (self.layout.experts.ep * self.layout.experts.etp)}
         if self._cp > 1:
             groups["cp"] = ranks // (self._tp * self._cp) * self._tp + ranks % self._tp
@@ -116,7 +116,7 @@ class Forward:
             if i >= len(self.model.layers) - 1:
                 lowering.head(-1 if i < len(self.model.layers) else i)
         last = lowering.write()
-        if self._operators("value").calibration:
+        if self.operators("value").calibration:
             lowering.rows["host", 0] = [draft.add("host", -1, "host", after=last)]
         mixers = [layer.mixer for layer in self._layers if layer.mixer]
         self._mixers = tuple(dict.fromkeys(mixers))
@@ -141,7 +141,7 @@ class Forward:
             bound: which end of the believed efficiencies to use.
             operators: instead of those given at the start.
         """
-        ops = (operators or self._operators)(bound)
+        ops = (operators or self.operators)(bound)
         standing = self._stand([batch for batch, _ in parts], ops, is_kept=operators is None)
         costs = standing.costs.copy()
         for place, (batch, counts) in enumerate(parts):

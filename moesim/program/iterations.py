@@ -17,6 +17,7 @@ from moesim.program.exchange import Exchange
 from moesim.program.forward import Forward
 from moesim.program.offload import ExpertStore
 from moesim.program.operation import Costs, Program
+from moesim.program.pipeline import Pipeline, pieces
 from moesim.routing.blocks import Blocks, Windows, trimmed
 from moesim.routing.counting import Counter, Counts
 from moesim.routing.pool import RoutingPool
@@ -70,7 +71,7 @@ class Iterations:
             if layout.num_shared_expert_ranks:
                 num_experts += 1
                 self._ids_TLK = with_shared(self._ids_TLK, num_experts - 1)
-            num_ranks = layout.num_ranks if self._spread else layout.attention.dp * layout.attention.cp
+            num_ranks = layout.attention.num_ranks if self._spread else layout.attention.dp * layout.attention.cp
             node_R = (np.arange(num_ranks) // cluster.devices_per_node).astype(np.int32)
             message = ALL_TO_ALLS[scenario.policies.all_to_all].message or "rank"
             message = message if self._spread else "rank"
@@ -94,10 +95,11 @@ class Iterations:
             cluster, policies.all_to_all, policies.network == "flows", is_played, scenario.faults.slowed
         )
         num_batches, slowdown_R = 2 if policies.two_batch_overlap else 1, scenario.faults.slowdown_R(cluster.num_ranks)
-        self.forward = Forward(
+        stage = Forward(
             model, cluster, layout, slot_params_LRS, expand, self._operators, exchange, num_batches,
-            workload.num_speculative_tokens, slowdown_R,
+            workload.num_speculative_tokens, slowdown_R if layout.pp == 1 else None,
         )  # fmt: skip
+        self.forward: Forward | Pipeline = stage if layout.pp == 1 else Pipeline(stage, layout.pp, slowdown_R)
 
     def _placement(self) -> Placement:
         """Where experts lie, by their load in requests that are not replayed; the shared one's ranks come last."""
@@ -241,13 +243,15 @@ class Iterations:
             self.store.begin(whole.load_LRS[:, 0, :], predicted)
             costs = self.forward.price([(batch, None)], self.bound)
             return Iteration(batch.phase, self.forward.program, costs, whole)
-        parts = self.parts(batch) if self.scenario.policies.two_batch_overlap else [(batch, whole)]
+        is_cut = self.scenario.policies.two_batch_overlap or self.scenario.layout.pp > 1
+        parts = self.parts(batch) if is_cut else [(batch, whole)]
         return Iteration(batch.phase, self.forward.program, self.forward.price(parts, self.bound), whole)
 
     def parts(self, batch: Batch) -> list[tuple[Batch, Counts | None]]:
-        """The batches that overlap, or the one that does not, with the counts of their tokens."""
-        halves = batch.halves() if self.scenario.policies.two_batch_overlap else (batch,)
-        return [(half, self._count(half)) for half in halves]
+        """The batches that overlap, or are in a pipeline, or the one that is alone, with the counts of their tokens."""
+        if self.scenario.policies.two_batch_overlap:
+            return [(half, self._count(half)) for half in batch.halves()]
+        return [(piece, self._count(piece)) for piece in pieces(batch, self.scenario.layout.pp)]
 
     def _count(self, batch: Batch) -> Counts | None:
         """Tokens of a batch over expert ranks."""
