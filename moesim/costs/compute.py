@@ -7,6 +7,7 @@ Every function takes arrays and returns seconds as arrays. `bound` chooses the e
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from moesim.hardware import SOURCES, Device, Efficiency
@@ -84,6 +85,29 @@ def gemm_s(
     return np.maximum(compute, memory)
 
 
+_BLOCK = 32  # ranks whose slots are priced together, in vector instructions
+
+
+@njit(cache=True)
+def _grouped_s(load_NS, params_NS, weight_bytes, row_bytes, s_per_flop, s_per_byte, seconds_N):  # type: ignore[no-untyped-def]
+    num_ranks, num_slots = load_NS.shape
+    seconds_I = np.empty(_BLOCK * num_slots)
+    for first in range(0, num_ranks, _BLOCK):
+        last = min(first + _BLOCK, num_ranks)
+        load_I, params_I = load_NS[first:last].ravel(), params_NS[first:last].ravel()
+        for i in range(load_I.size):
+            load, params = np.float64(load_I[i]), params_I[i]
+            compute = 2.0 * params * load * s_per_flop
+            memory = (params * weight_bytes + row_bytes * load) * s_per_byte
+            slower = memory if memory > compute else compute
+            seconds_I[i] = slower if (load > 0) & (params > 0) else 0.0
+        for n in range(first, last):
+            total = 0.0
+            for s in range(num_slots):
+                total += seconds_I[(n - first) * num_slots + s]
+            seconds_N[n] = total
+
+
 def experts_s(
     load_LRS: NDArray[np.int32],
     params_LRS: Floats | float,
@@ -104,11 +128,19 @@ def experts_s(
     Source: the weight traffic of cold experts sets the time in decode (MegaBlocks, arXiv 2211.15841, section 5).
     Holds for: one kernel over all experts of a rank; tile padding is in the efficiency.
     """
-    params = np.asarray(params_LRS, np.float64)
-    load = load_LRS * (params > 0)
-    num_bytes = params * (BYTES_PER_PARAM[weight_dtype] * (load > 0)) + 4.0 * hidden_size * load
-    seconds = gemm_s(2.0 * params * load, num_bytes, device, weight_dtype, "grouped_gemm", bound)
-    return np.asarray(seconds.sum(axis=-1))
+    num_slots = load_LRS.shape[-1]
+    params_LRS = np.broadcast_to(np.asarray(params_LRS, np.float64), load_LRS.shape)
+    seconds_LR = np.empty(load_LRS.shape[:-1])
+    _grouped_s(
+        np.ascontiguousarray(load_LRS).reshape(-1, num_slots),
+        np.ascontiguousarray(params_LRS).reshape(-1, num_slots),
+        float(BYTES_PER_PARAM[weight_dtype]),
+        4.0 * hidden_size,
+        1 / (arithmetic_flops_per_s(device, weight_dtype) * efficiency(device, "grouped_gemm", bound)),
+        1 / (device.memory.bytes_per_s * efficiency(device, "memory", bound)),
+        seconds_LR.reshape(-1),
+    )
+    return seconds_LR
 
 
 def attention_core_s(score_flops: Floats, num_bytes: Floats, device: Device, bound: str = "value") -> Floats:

@@ -98,9 +98,18 @@ def _figures(found: Mapping[str, float], missed: Sequence[str]) -> list[str]:
 
 
 def _every_case(validation: Validation) -> Table:
-    table = _table(("case", "measured (s)", "predicted (s)", "90 % interval", "error"))
+    units = {case.unit for case in validation.cases}
+    shown = f" ({units.pop()})" if len(units) == 1 else ""
+    table = _table(("case", f"measured{shown}", f"predicted{shown}", "90 % interval", "error"))
     for case in validation.cases:
-        interval = f"{case.low:.4g} to {case.high:.4g}"
-        error = f"{case.error:+.1%}{' fitted' if case.fitted else ''}"
-        table.add_row(escape(case.case), f"{case.measured:.4g}", f"{case.predicted:.4g}", interval, error)
+        unit = "" if shown else f" {case.unit}"
+        interval = f"{_plain(case.low)} to {_plain(case.high)}"
+        error = "" if case.error is None else f"{case.error:+.1%}{' fitted' if case.fitted else ''}"
+        measured = "-" if case.measured is None else _plain(case.measured)
+        table.add_row(escape(case.case), measured, f"{_plain(case.predicted)}{unit}", interval, error)
     return table
+
+
+def _plain(value: float) -> str:
+    """Four digits, or whole numbers with commas."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
