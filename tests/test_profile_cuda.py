@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from triton_interpreter import interpreted
 
 from moesim import load, run
+from moesim.cli import cli
 from moesim.costs.operators import Operators
 from moesim.files.hardware import load_device
 from moesim.files.models import load_model
@@ -18,7 +20,7 @@ from moesim.files.profiles.tables import load_profile
 from moesim.mixers import Attention, LatentAttention
 from moesim.profile.ceilings import ceilings
 from moesim.profile.cuda_cells import cell_work, chosen_experts, cuda_cells, kernel_of, without_kernel
-from moesim.profile.cuda_device import DeviceInfo
+from moesim.profile.cuda_device import DeviceInfo, driver_and_power
 from moesim.profile.cuda_results import fastest, write_results
 from moesim.profile.forward_times import COLUMNS, Forward
 from moesim.profile.rounds import Job, Lap, Samples, time_rounds
@@ -27,7 +29,7 @@ from moesim.profile.shapes import AXES, Cell
 torch = pytest.importorskip("torch", reason="the profiler needs torch: moesim[capture]")
 
 QUICKSTART = Path(__file__).parents[1] / "studies" / "quickstart.toml"
-INFO = DeviceInfo("made-up GPU", 90, 80 << 30, None, True)
+INFO = DeviceInfo("made-up GPU", 90, 80 << 30, None, True, "570.86")
 FACTS = {"torch": "2", "transformers": "5", "device": "cuda", **INFO.facts}
 MADE = "made_gpu"
 
@@ -83,6 +85,7 @@ def test_ceilings_of_timings_one_can_reckon_by_hand():
     seconds = {
         cell("copy", (1000,), "torch"): 2.0,  # 2000 bytes: 1000 bytes/s
         cell("copy", (1000,), "triton"): 4.0,
+        cell("copy", (10,), "triton"): 0.001,  # quicker, but in a cache
         cell("gemm", (10, 10, 10), "torch"): 1.0,  # 2000 FLOP/s
         cell("moe", one, "torch", distribution="uniform"): 80.0,
         cell("moe", one, "triton", distribution="uniform"): 100.0,
@@ -94,7 +97,7 @@ def test_ceilings_of_timings_one_can_reckon_by_hand():
     }
     found = ceilings(seconds, {cell("moe", one, "triton", distribution="uniform").key: "tile 7"})
     assert found.copy_bytes_per_s == 1000 and found.matrix_flops_per_s == {"bf16": 2000}
-    assert len(found.rows) == 9  # the launch has no ceiling
+    assert len(found.rows) == 10  # the launch has no ceiling
     by = {(row.op, row.kernel, row.shape): row for row in found.rows}
     triton = by["moe", "triton", one]
     assert triton.tile == "tile 7" and triton.library_ratio == pytest.approx(0.8)
@@ -167,8 +170,10 @@ def test_a_run_rests_on_the_profile(made):
 def test_files_of_a_profile(made):
     out, _, _, results = made
     assert [path.name for path in results.written] == [
-        "tables.parquet", f"{MADE}.toml", "ceilings.json", "forward.csv",
+        "tables.parquet", "ceilings.json", "ceilings.txt", f"{MADE}.toml", "forward.csv",
     ]  # fmt: skip
+    assert all(path.is_file() for path in results.written)
+    assert (out / "ceilings.txt").read_text().rstrip().endswith("\n".join(results.ceilings.figures()))
     device = load_device(str(out / f"{MADE}.toml"))
     assert device.memory.bytes_per_s == pytest.approx(results.ceilings.copy_bytes_per_s, rel=1e-3)
     assert set(device.flops_per_s) == {"bf16", "fp8"} and device.launch_s == 3e-6
@@ -178,6 +183,8 @@ def test_files_of_a_profile(made):
     lines = (out / "forward.csv").read_text().splitlines()
     assert lines[0] == ",".join(COLUMNS) and len(lines) == 2  # the other pass was not timed
     assert lines[1].startswith(f"{MADE},olmoe-1b-7b,4,decode,8,1,128,streamed,") and ",0.5," in lines[1]
+    provenance = load_profile(out).tables[0].provenance
+    assert provenance["driver"] == INFO.driver and provenance["gpu"] == INFO.name
     with pytest.raises(ValueError, match="no cell was timed"):
         write_results(out, cuda_cells(90, has_triton=True), Samples(), {}, FACTS, INFO)
 
@@ -199,6 +206,35 @@ def test_a_job_that_fails_is_named_and_the_others_go_on():
     assert len(samples.laps["good"]) == 4 and len(samples.laps["later"]) == 1 and "bad" not in samples.laps
     with pytest.raises(RuntimeError):
         time_rounds(jobs[1:2], Samples(), 5.0)
+
+
+def test_what_the_driver_says(tmp_path):
+    def told(text):
+        program = tmp_path / "smi"
+        program.write_text(f"#!/bin/sh\ncase $1 in --id=GPU-7) echo '{text}';; *) exit 6;; esac\n")
+        program.chmod(0o755)
+        return str(program)
+
+    assert driver_and_power("GPU-7", told("570.86.15, 650.00")) == ("570.86.15", 650.0)
+    assert driver_and_power("GPU-7", told("570.86.15, [N/A]")) == ("570.86.15", None)
+    assert driver_and_power("GPU-8", told("570.86.15, 650.00")) == ("not said", None)
+    assert driver_and_power("GPU-7", str(tmp_path / "none")) == ("not said", None)
+
+
+def test_getting_ready_is_done_once_and_is_no_part_of_a_round():
+    seconds, done = [0.0], []
+
+    def spend(s):
+        seconds[0] += s
+
+    jobs = [
+        Job(key, lambda _turn: lambda: spend(1.0), rank=1, ready=lambda key=key: (done.append(key), spend(20.0)))
+        for key in "ab"
+    ]
+    samples = Samples()
+    timing = time_rounds(jobs, samples, 50.0, max_rounds=4, clock=lambda: Lap(seconds[0], seconds[0]))
+    assert done == ["a", "b"] and timing.dropped == () and timing.rounds == 4
+    assert all(laps == [Lap(1.0, 1.0)] * 4 for laps in samples.laps.values())
 
 
 def bench(seconds=lambda call, _repeats: (call(), 0.5)[1]):
@@ -289,6 +325,26 @@ def test_every_library_path_is_timed(cell):
     assert lap == Lap(0.5, 0.5) if cell.shape else lap.wall_s > 0
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell(1, "gemm", (16, 32, 64), dtype="fp8", facts=(("kernel", "torch"),)),
+        Cell(1, "generation_attention", (2, 70, 4, 2, 32), dtype="bf16", facts=(("kernel", "torch"),)),
+        Cell(1, "generation_mla", (2, 70, 4), dtype="bf16", facts=(("kernel", "torch"),)),
+        Cell(1, "context_mla", (2, 30, 4), dtype="bf16", facts=(("kernel", "torch"),)),
+    ],
+    ids=lambda cell: cell.key,
+)
+def test_the_librarys_paths_give_the_same(cell):
+    from moesim.profile.cuda_calls import Calls
+
+    torch.manual_seed(0)
+    first, *others = [call().flatten().float() for call in Calls("cpu").of(cell).values()]
+    assert others
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0.05, atol=0.02 * float(first.abs().max()))
+
+
 def test_torchs_experts_are_the_layer():
     from moesim.profile.cuda_calls import torch_experts
 
@@ -350,3 +406,58 @@ def test_a_model_without_experts_in_every_layer_is_refused():
     model.model.layers[1].mlp = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"layer 1 has no mlp\.experts"):
         StreamedExperts(model, "cpu")
+
+
+def small_grid(capability, has_triton):
+    """A grid as a device would get, with one cell that cannot be timed."""
+    assert (capability, has_triton) == (INFO.capability, INFO.has_triton)
+    library = (("kernel", "torch"),)
+    return [
+        Cell(0, "launch", ()),
+        *(Cell(1, "gemm", (m, 32, 64), dtype="bf16", facts=library) for m in (1, 16)),
+        Cell(1, "copy", (4096,), dtype="bf16", facts=library),
+        Cell(1, "no_such_operator", (1,), dtype="bf16"),
+    ]
+
+
+def profile_command(out, monkeypatch, *options, cells=small_grid):
+    from moesim.profile import cuda, cuda_cells, cuda_device
+
+    monkeypatch.setattr(cuda_device, "device_info", lambda: INFO)
+    monkeypatch.setattr(cuda_cells, "cuda_cells", cells)
+    monkeypatch.setattr(cuda, "event_bench", bench)
+    return CliRunner().invoke(cli, ["profile", "run", "--device", "cuda", "-o", str(out), *options])
+
+
+def test_the_command_writes_what_could_be_timed_and_names_what_could_not(tmp_path, monkeypatch):
+    out = tmp_path / "small_gpu"
+    told = profile_command(out, monkeypatch)
+    assert told.exit_code == 0, told.output
+    assert "failed: no_such_operator/bf16/1: ValueError: no_such_operator is no operator" in told.stderr
+    assert [Path(line).name for line in told.stdout.split()] == [
+        "tables.parquet", "ceilings.json", "ceilings.txt", "small_gpu.toml",
+    ]  # fmt: skip
+    tables, device = load_profile(out), load_device(str(out / "small_gpu.toml"))
+    assert {table.device for table in tables.tables} == {device.name} == {"small_gpu"}
+    assert np.unique(tables.find("gemm", "bf16").seconds_N) == [0.5]
+    laps = (out / "samples.jsonl").read_text()
+    assert profile_command(out, monkeypatch).exit_code == 0 and (out / "samples.jsonl").read_text() == laps  # all known
+    told = profile_command(out, monkeypatch, "--seed", "1")
+    assert isinstance(told.exception, ValueError) and "timings of another profile" in str(told.exception)
+
+
+def test_without_a_matrix_product_there_are_tables_but_no_device_file(tmp_path, monkeypatch):
+    def copies(*given):
+        return [cell for cell in small_grid(*given) if cell.op == "copy"]
+
+    told = profile_command(tmp_path / "gpu", monkeypatch, cells=copies)
+    assert told.exit_code == 0 and "gpu.toml is not written: no copy, or no matrix product" in told.stderr
+    assert sorted(path.name for path in (tmp_path / "gpu").iterdir()) == [
+        "ceilings.json", "ceilings.txt", "samples.jsonl", "tables.parquet",
+    ]  # fmt: skip
+
+
+def test_options_of_the_other_device_are_refused(tmp_path):
+    for options in (["--device", "cuda", "--model", "x"], ["--device", "cpu", "--forward"]):
+        error = CliRunner().invoke(cli, ["profile", "run", "-o", str(tmp_path / "x"), *options]).exception
+        assert isinstance(error, ValueError) and "goes with --device" in str(error)

@@ -47,7 +47,8 @@ class Ceilings:
     """All cells against the ceilings.
 
     Attributes:
-        copy_bytes_per_s: the best copy within the device's memory, read and written; None if none was timed.
+        copy_bytes_per_s: the best copy within the device's memory, read and written, of the largest size that was
+            timed (a small one fits in a cache); None if none was.
         matrix_flops_per_s: by format, the best matrix product of the library.
         moe_library_rate: share of the MoE cells with a library path where the fastest of our kernels is not slower.
         decode_copy_fraction: median of `copy_fraction` over the kernels for decode: attention, and experts at the loads
@@ -82,12 +83,15 @@ class Ceilings:
         lines = [heads, *(_words(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
         text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
+        return "\n".join([*(line.rstrip() for line in text), *self.figures()])
+
+    def figures(self) -> tuple[str, ...]:
+        """What was reached of the two aims, in words."""
         figures = (
             ("MoE cells where the grouped GEMM is at or above the library", self.moe_library_rate, MOE_AIM),
             ("median fraction of copy bandwidth of the decode kernels", self.decode_copy_fraction, DECODE_AIM),
         )
-        said = [f"{name}: {_percent(value) or 'not timed'} (aim {aim:.0%})" for name, value, aim in figures]
-        return "\n".join([*(line.rstrip() for line in text), *said])
+        return tuple(f"{name}: {_percent(value) or 'not timed'} (aim {aim:.0%})" for name, value, aim in figures)
 
 
 def ceilings(seconds: Mapping[Cell, float], tiles: Mapping[str, str] | None = None) -> Ceilings:
@@ -98,8 +102,8 @@ def ceilings(seconds: Mapping[Cell, float], tiles: Mapping[str, str] | None = No
         tiles: the fastest candidate by key of the cell.
     """
     cells = {cell: cell_work(cell) for cell in seconds if kernel_of(cell)}
-    copies = [cells[cell].num_bytes / seconds[cell] for cell in cells if cell.op == "copy"]
-    top = max(copies, default=None)
+    copies = [(cells[cell].num_bytes, 1 / seconds[cell]) for cell in cells if cell.op == "copy"]
+    top = float(np.prod(max(copies))) if copies else None
     matrix: dict[str, float] = {}
     for cell, amount in cells.items():
         if cell.op == "gemm":

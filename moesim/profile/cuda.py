@@ -93,6 +93,10 @@ def cuda_jobs(cells: Sequence[Cell], bench: Bench, tiles: Tiles, seed: int) -> l
     calls = Calls(bench.device)
 
     def job(cell: Cell) -> Job:
+        def ready() -> None:
+            if cell.op != "launch":
+                _fastest(cell.key, calls.of(cell), bench, tiles)
+
         def prepare(_turn: int) -> Callable[[], Lap]:
             if cell.op == "launch":
                 return lambda: _launches(bench)
@@ -106,7 +110,7 @@ def cuda_jobs(cells: Sequence[Cell], bench: Bench, tiles: Tiles, seed: int) -> l
 
             return timed
 
-        return Job(cell.key, prepare, rank=cell.rank)
+        return Job(cell.key, prepare, rank=cell.rank, ready=ready)
 
     return [job(cell) for cell in cells]
 

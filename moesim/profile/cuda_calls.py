@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
 
 from moesim.profile.cuda_cells import LIBRARY, MLA_KEYS, MLA_VALUES, chosen_experts, distribution_of, kernel_of
 from moesim.profile.shapes import Cell
@@ -57,7 +57,8 @@ class Calls:
             return {"": partial(linear, self._random(m, k), self._random(n, k))}
         left, right = self._bytes(torch.float8_e4m3fn, m, k), self._bytes(torch.float8_e4m3fn, n, k).t()
         one = torch.ones((), device=self.device)
-        return {"": partial(torch._scaled_mm, left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)}
+        scaled = partial(torch._scaled_mm, left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        return {f"use_fast_accum={fast}": partial(scaled, use_fast_accum=fast) for fast in (True, False)}
 
     def _moe(self, cell: Cell) -> Candidates:
         tokens, hidden, width, top_k, experts = cell.shape[:5]
@@ -102,7 +103,17 @@ class Calls:
         if kernel_of(cell) == LIBRARY:
             query, keys = self._random(batch, heads, 1, k_width), self._random(batch, kv_heads, context, k_width)
             values = keys[..., :width] if shared else self._random(batch, kv_heads, context, width)
-            return {"": partial(scaled_dot_product_attention, query, keys, values, scale=scale, enable_gqa=True)}
+            grouped = query.view(batch, kv_heads, heads // kv_heads, k_width)
+            found = {
+                "SDPA, heads of a group as queries": partial(
+                    scaled_dot_product_attention, grouped, keys, values, scale=scale
+                ),
+                "two products": partial(torch_attention, grouped, keys, values, scale),
+            }
+            if not shared:  # else it would write each key out for all heads
+                gqa = partial(scaled_dot_product_attention, query, keys, values, scale=scale, enable_gqa=True)
+                found["SDPA, enable_gqa"] = gqa
+            return found
         from moesim.kernels.decode_attention import GQA_SPLITS, MLA_SPLITS, decode_attention
 
         pages = -(-context // PAGE)
@@ -126,7 +137,8 @@ class Calls:
         batch, tokens, heads = cell.shape
         query, key = (self._random(batch, heads, tokens, MLA_QUERY) for _ in range(2))
         value = self._random(batch, heads, tokens, MLA_OUT)
-        return {"": partial(scaled_dot_product_attention, query, key, value, is_causal=True)}
+        wide = partial(torch_padded_attention, query, key, value)
+        return {"SDPA": partial(scaled_dot_product_attention, query, key, value, is_causal=True), "values padded": wide}
 
     def _router(self, cell: Cell) -> Candidates:
         tokens, experts, top_k = cell.shape
@@ -234,6 +246,17 @@ def torch_combine(y_SH: torch.Tensor, place_S: torch.Tensor, weight_TK: torch.Te
     """Weighted sum of each token's rows, [T, H]; `place_S` is the row of each slot."""
     y_TKH = y_SH[place_S].view(*weight_TK.shape, y_SH.shape[1])
     return (y_TKH * weight_TK[..., None].to(y_SH.dtype)).sum(dim=1)
+
+
+def torch_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention by two batched products and a softmax, as cuBLAS has them."""
+    return (query @ keys.transpose(-1, -2)).mul(scale).softmax(dim=-1) @ values
+
+
+def torch_padded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal attention with values padded to the keys' width, which FlashAttention wants alike."""
+    wide = pad(value, (0, key.shape[-1] - value.shape[-1]))
+    return scaled_dot_product_attention(query, key, wide, is_causal=True)[..., : value.shape[-1]]
 
 
 def torch_route(logit_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,10 +22,11 @@ CLOCK = "wall_s"
 
 
 class Results(NamedTuple):
-    """The ceilings, and the files that were written."""
+    """The ceilings, the files that were written, and in words what was not."""
 
     ceilings: Ceilings
     written: tuple[Path, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def fastest(cells: Sequence[Cell], samples: Samples) -> tuple[list[Cell], Samples]:
@@ -57,22 +58,27 @@ def write_results(
     info: DeviceInfo,
     runs: Sequence[Forward] = (),
 ) -> Results:
-    """Write tables.parquet, ceilings.json, NAME.toml and, where passes were timed, forward.csv.
+    """Write tables.parquet, ceilings.json and .txt, NAME.toml and, where passes were timed, forward.csv.
 
-    The device is named as the folder is.
+    The device is named as the folder is. Its file needs a copy and a matrix product in bf16.
 
     Raises:
-        ValueError: nothing was timed, or too little for a device file.
+        ValueError: nothing was timed.
     """
     seconds = medians(cells, samples, CLOCK)
     if not any(cell.shape for cell in seconds):
         raise ValueError(f"{out}: no cell was timed; see what failed, or give a larger --budget")
     found = ceilings(seconds, tiles)
-    written = [out / "tables.parquet", out / f"{out.name}.toml", out / "ceilings.json"]
-    write_tables(cuda_tables(cells, samples, out.name, provenance_of(facts)), written[0])
-    write_whole(cuda_toml(seconds, found, info, facts), written[1])
-    write_whole(json.dumps(found.as_json(), indent=1) + "\n", written[2])
+    tables = out / "tables.parquet"
+    write_tables(cuda_tables(cells, samples, out.name, provenance_of(facts)), tables)
+    texts = {"ceilings.json": json.dumps(found.as_json(), indent=1) + "\n", "ceilings.txt": found.table() + "\n"}
+    left_out: tuple[str, ...] = ()
+    if found.copy_bytes_per_s is None or "bf16" not in found.matrix_flops_per_s:
+        left_out = (f"{out.name}.toml is not written: no copy, or no matrix product in bf16, was timed",)
+    else:
+        texts[f"{out.name}.toml"] = cuda_toml(seconds, found, info, facts)
     if any(run.key in samples.laps for run in runs):
-        written.append(out / "forward.csv")
-        write_whole(forward_csv(runs, samples, out.name), written[3])
-    return Results(found, tuple(written))
+        texts["forward.csv"] = forward_csv(runs, samples, out.name)
+    for name, text in texts.items():
+        write_whole(text, out / name)
+    return Results(found, (tables, *(out / name for name in texts)), left_out)

@@ -167,12 +167,14 @@ def forward_jobs(make: Callable[[str], Runner], runs: Sequence[Forward], seed: i
     made: dict[str, Runner] = {}
 
     def job(run: Forward) -> Job:
-        def prepare(_turn: int) -> Callable[[], object]:
-            runner = made.get(run.mode) or made.setdefault(run.mode, make(run.mode))
-            call = runner.prepared(run, seed)
-            return lambda: runner.timed(call)
+        def runner() -> Runner:
+            return made.get(run.mode) or made.setdefault(run.mode, make(run.mode))
 
-        return Job(run.key, prepare, rank=rank)
+        def prepare(_turn: int) -> Callable[[], object]:
+            call = runner().prepared(run, seed)
+            return lambda: runner().timed(call)
+
+        return Job(run.key, prepare, rank=rank, ready=runner)
 
     return [job(run) for run in runs]
 
@@ -191,7 +193,7 @@ def maker(config: Any, device: str, dtype: torch.dtype, seed: int, implementatio
 
 LAYERS = 4
 """Of OLMoE's 16, that are run: enough for a copy to hide behind a layer, few enough to be quick."""
-FORWARD_RANK = 2
+FORWARD_RANK = 1
 
 
 def cuda_forwards(seed: int) -> tuple[list[Forward], list[Job]]:

@@ -46,12 +46,14 @@ class Job:
             returns a `Lap`, this is the timing: what counts is not all of the call, or is timed by the device.
         parts: what a timing is divided by: how many equal pieces of work it does.
         rank: how soon it is dropped when time is short; 0 is never dropped.
+        ready: called once, before the first timing; it takes of the budget, but is no part of what a round takes.
     """
 
     key: str
     prepare: Callable[[int], Callable[[], object]]
     parts: int = 1
     rank: int = 0
+    ready: Callable[[], object] = lambda: None
 
 
 @dataclass
@@ -120,6 +122,13 @@ class Timing(NamedTuple):
     failed: Mapping[str, str] = {}
 
 
+class Tried(NamedTuple):
+    """One timing, and the seconds that it took with its preparation."""
+
+    lap: Lap
+    cost_s: float
+
+
 def time_rounds(
     jobs: Iterable[Job],
     samples: Samples,
@@ -154,12 +163,16 @@ def time_rounds(
 
     failed: dict[str, str] = {}
 
-    def tried(job: Job, turn: int) -> Lap | None:
+    def tried(job: Job, turn: int, first: bool = False) -> Tried | None:
         try:
+            if first:
+                job.ready()
+            before = clock()
             timed = job.prepare(turn)
             start = clock()
             told = timed()
-            return told if isinstance(told, Lap) else lap_since(start, clock)
+            lap = told if isinstance(told, Lap) else lap_since(start, clock)
+            return Tried(lap, clock().wall_s - before.wall_s)
         except survived as error:
             failed[job.key] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             return None
@@ -172,9 +185,9 @@ def time_rounds(
         for job in order:
             if turn and used_s() > budget_s:
                 return Timing(turn, tuple(dropped), used_s(), failed)
-            lap = tried(job, turn)
-            if lap is not None:
-                samples.add(job.key, Lap(lap.wall_s / job.parts, lap.cpu_s / job.parts))
+            found = tried(job, turn)
+            if found is not None:
+                samples.add(job.key, Lap(found.lap.wall_s / job.parts, found.lap.cpu_s / job.parts))
             report(min(1.0, used_s() / budget_s))
         done = turn + 1
     return Timing(done, tuple(dropped), used_s(), failed)
@@ -188,7 +201,7 @@ def _warm(
     max_rounds: int,
     clock: Callable[[], Lap],
     report: Callable[[float], None],
-    tried: Callable[[Job, int], Lap | None],
+    tried: Callable[[Job, int, bool], Tried | None],
 ) -> tuple[list[Job], list[str]]:
     """The jobs that fit, and the names of those that do not."""
     if len({job.key for job in jobs}) < len(jobs):
@@ -200,14 +213,14 @@ def _warm(
         if len(samples.laps.get(job.key, ())) >= max_rounds:  # nothing left to time
             cost_s[job.key] = 0.0
             continue
-        before = clock().wall_s
-        left_s = budget_s - (before - begun)
+        left_s = budget_s - (clock().wall_s - begun)
         if job.rank and min_rounds * sum(cost_s.values()) >= left_s:
             dropped.append(job.key)
             continue
-        if tried(job, 0) is None:
+        found = tried(job, 0, True)
+        if found is None:
             continue
-        cost_s[job.key] = clock().wall_s - before
+        cost_s[job.key] = found.cost_s
         report(min(1.0, (clock().wall_s - begun) / budget_s))
         if job.rank and min_rounds * sum(cost_s.values()) > budget_s - (clock().wall_s - begun):
             del cost_s[job.key]

@@ -26,9 +26,10 @@ def run_profile_command(
 ) -> None:
     """Time operators in shuffled rounds and write OUT/tables.parquet and OUT/NAME.toml, the device; NAME is OUT's.
 
-    On a CUDA device also OUT/ceilings.json (kernels against the library and what the device was measured to do) and,
-    with --forward, OUT/forward.csv. Every timing is kept in OUT/samples.jsonl as it is made: interrupted, or run again
-    with more seconds, the same command goes on from there. Cells that do not fit the budget are dropped and named.
+    On a CUDA device also OUT/ceilings.json and .txt (kernels against the library and what the device was measured to
+    do) and, with --forward, OUT/forward.csv. Every timing is kept in OUT/samples.jsonl as it is made: interrupted, or
+    run again with more seconds, the same command goes on from there. Cells that do not fit the budget are dropped and
+    named.
     """
     from moesim.profile.machine import keep_freed_memory, one_thread
 
@@ -36,6 +37,8 @@ def run_profile_command(
         raise ValueError(
             "--forward goes with --device cuda; on a CPU `moesim validate this-machine` times whole passes"
         )
+    if models and device == "cuda":
+        raise ValueError("--model goes with --device cpu; on a CUDA device the grid has published models' shapes")
     one_thread()
     keep_freed_memory()
     try:
@@ -96,11 +99,12 @@ def _profile_cuda(budget_s: float, _models: tuple[str, ...], forward: bool, seed
     jobs = cuda_jobs(cells, event_bench(), tiles, seed)
     runs, forwards = cuda_forwards(seed) if forward else ([], [])
     with timing_bar("timing in shuffled rounds") as report:
-        timing = time_rounds([*jobs, *forwards], samples, budget_s, seed=seed, report=report, survived=(Exception,))
+        timing = time_rounds([*forwards, *jobs], samples, budget_s, seed=seed, report=report, survived=(Exception,))
     for key, said in timing.failed.items():
         click.echo(f"failed: {key}: {said}", err=True)
     found = write_results(out, cells, samples, tiles.words, facts, info, runs)
-    click.echo(found.ceilings.table(), err=True)
+    for line in (*found.left_out, *found.ceilings.figures()):
+        click.echo(line, err=True)
     _say(timing, found.written)
 
 
