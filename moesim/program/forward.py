@@ -144,12 +144,17 @@ class Forward:
         costs = standing.costs.copy()
         for place, (batch, counts) in enumerate(parts):
             self._price_batch(place, batch, counts, costs, ops, standing)
+        if self._slowed_R is not None:
+            costs.seconds_NR[self._computing] *= self._slowed_R
+        return costs
+
+    @cached_property
+    def _slowed_R(self) -> Floats | None:
+        """Factor on the computation of each rank, if there is any."""
         slowed_R = np.ones(self.program.num_ranks) if self._slowdown_R is None else self._slowdown_R
         if self._num_batches > 1:  # cores that communicate do not compute
             slowed_R = slowed_R / (1 - self._exchange.sm_fraction)
-        if (slowed_R != 1).any():
-            costs.seconds_NR[self._computing] *= slowed_R
-        return costs
+        return slowed_R if (slowed_R != 1).any() else None
 
     @cached_property
     def _computing(self) -> list[int]:

@@ -58,7 +58,9 @@ class Iterations:
         self._group_Q = np.arange(workload.num_requests) * layout.attention.dp // workload.num_requests
         self._blocks, self._decode_SQ = self._answers()
         group_B = np.repeat(self._group_Q, 1 + workload.num_speculative_tokens)
-        self._members = Members(np.arange(workload.num_requests), self._group_Q, group_B, layout.attention.dp)
+        self._members = Members(
+            np.arange(workload.num_requests), self.lengths_Q, self._group_Q, group_B, layout.attention.dp
+        )
         self._spread = layout.experts.ep > 1
         self._counter: Counter | None = None
         self._pool: RoutingPool | None = None
@@ -122,7 +124,9 @@ class Iterations:
             per_group = max(1, w.num_requests // self.scenario.layout.attention.dp)
             answers = trimmed(answers, w.num_requests, num_steps, w.routing_pool_tokens, per_group)
         if len({len(rows) for rows in answers}) == 1:
-            return Blocks(np.stack(answers, axis=1)), np.zeros((0, w.num_requests), np.int64)
+            blocks = Blocks(np.stack(answers, axis=1))
+            self._turns = blocks.turns(w.num_requests)
+            return blocks, np.zeros((0, w.num_requests), np.int64)
         return None, self.replay.decode_rows(w.num_requests, num_steps)
 
     def _make_pool(
@@ -204,22 +208,22 @@ class Iterations:
                     chosen.append(int(queue.pop(0)))
             rows = [self.replay.prompt_rows(q, int(self.lengths_Q[q])) for q in chosen]
             lengths, groups = self.lengths_Q[chosen], self._group_Q[chosen]
-            members = Members(np.array(chosen), groups, np.repeat(groups, lengths), len(waiting))
-            yield Batch("prefill", lengths, members, np.concatenate(rows))
+            members = Members(np.array(chosen), lengths, groups, np.repeat(groups, lengths), len(waiting))
+            yield Batch("prefill", members, np.concatenate(rows))
 
     def decode_batches(self) -> Iterator[Batch]:
         """One batch for each decode iteration."""
         queries, gained = 1 + self.scenario.workload.num_speculative_tokens, self.scenario.workload.tokens_per_decode
         for decode in range(self.scenario.workload.num_decodes):
-            context_Q, step = self.lengths_Q + int(decode * gained) + 1, decode * queries
+            step, grown = decode * queries, int(decode * gained) + 1
             rows = [self._decoded_rows(step + query) for query in range(queries)]
             rows_B = rows[0] if queries == 1 else np.stack(rows, axis=1).ravel()  # those of a request side by side
-            yield Batch("decode", context_Q, self._members, rows_B, queries, step)
+            yield Batch("decode", self._members, rows_B, queries, step, grown)
 
     def _decoded_rows(self, step: int) -> np.ndarray:
         if self._blocks is None:
             return np.asarray(self._decode_SQ[step])
-        return self._blocks.rows(self.scenario.workload.num_requests, step)
+        return self._blocks.rows(self._turns, self.scenario.workload.num_requests, step)
 
     def __iter__(self) -> Iterator[Iteration]:
         for batch in self.prefill_batches():
