@@ -178,8 +178,8 @@ class RoutingPool:
             load_LGP, traffic_CLR,
         ):  # fmt: skip
             raise ValueError(
-                f"windows must lie in 0..{len(self._row_T) - 1}, hold 0..{self._most} tokens, begin and end at places_U; "
-                f"given places {first_W.min()}..{(first_W + tokens_W).max()}, tokens {tokens_W.min()}.."
+                f"windows must lie in 0..{len(self._row_T) - 1}, hold 0..{self._most} tokens, begin and end at "
+                f"places_U; given places {first_W.min()}..{(first_W + tokens_W).max()}, tokens {tokens_W.min()}.."
                 f"{tokens_W.max()}"
             )
         return Counts(load_LGP.reshape(self.num_layers, self._num_ranks, -1), traffic_CLR)
