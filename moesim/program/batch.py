@@ -43,12 +43,12 @@ class Members:
     @cached_property
     def lengths_D(self) -> Floats:
         """Prompt tokens of each group."""
-        return np.bincount(self.group_Q, self.lengths_Q, self.num_groups)
+        return np.bincount(self.group_Q, self.lengths_Q, self.num_groups).astype(np.float64)
 
     def part(self, in_Q: NDArray[np.bool_], in_B: NDArray[np.bool_]) -> Members:
         """Some of the requests, with their tokens."""
-        parts = (of_Q[in_Q] for of_Q in (self.request_Q, self.lengths_Q, self.group_Q))
-        return Members(*parts, self.group_B[in_B], self.num_groups)
+        request_Q, lengths_Q, group_Q = self.request_Q[in_Q], self.lengths_Q[in_Q], self.group_Q[in_Q]
+        return Members(request_Q, lengths_Q, group_Q, self.group_B[in_B], self.num_groups)
 
     def first_Q(self, weight_Q: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The first requests of each group, of about half of its weight."""
@@ -115,4 +115,4 @@ class Batch:
         if window is None:
             return members.lengths_D + self.grown * members.requests_D
         kept_Q = np.minimum(members.lengths_Q + self.grown, window)
-        return np.bincount(members.group_Q, kept_Q, members.num_groups)
+        return np.bincount(members.group_Q, kept_Q, members.num_groups).astype(np.float64)

@@ -118,7 +118,7 @@ class Forward:
             lowering.rows["host", 0] = [draft.add("host", -1, "host", after=last)]
         mixers = [layer.mixer for layer in self._layers if layer.mixer]
         self._mixers = tuple(dict.fromkeys(mixers))
-        rows: dict[tuple[str | Mixer, int], list[int]] = {**lowering.rows}
+        rows: dict[tuple[str | Mixer, int], list[int]] = dict(lowering.rows.items())
         for mixer, place in itertools.product(self._mixers, range(self._num_batches)):
             attention = zip(mixers, lowering.rows["attention", place], strict=True)
             rows[mixer, place] = [op for other, op in attention if other == mixer]
@@ -171,7 +171,7 @@ class Forward:
 
     def _stand(self, batches: Sequence[Batch], ops: Operators, is_kept: bool) -> _Standing:
         """Prices for the batches' members; those of decoding stay."""
-        key = (ops.bound, *(batch.members for batch in batches))
+        key: tuple[str | Members, ...] = (ops.bound, *(batch.members for batch in batches))
         if is_kept and (found := self._standing.get(key)) is not None:
             return found
         num_ops, num_ranks = len(self.program.operations), self.program.num_ranks

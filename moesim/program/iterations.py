@@ -140,7 +140,8 @@ class Iterations:
         rows_T, top_k = blocks.rows_PM.ravel(), self._ids_TLK.shape[2]
         is_cut = self._spread and s.layout.attention.tp > 1  # tokens of a rank do not stand side by side
         pays = POOL_PAYS * len(rows_T) <= len(whole.rows_B) * s.workload.num_decodes
-        fits = RoutingPool.bytes_of(len(places_U), *placement.slot_expert_LP.shape, placement.ep) <= POOL_BYTES
+        num_layers, num_slots = placement.slot_expert_LP.shape
+        fits = RoutingPool.bytes_of(len(places_U), num_layers, num_slots, placement.ep) <= POOL_BYTES
         can = not is_cut and message != "node" and s.policies.network != "flows"
         if not (can and pays and fits and blocks.num_traced <= RoutingPool.most_tokens(message, top_k)):
             return None
