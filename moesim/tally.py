@@ -167,6 +167,8 @@ _COMMUNICATION = (
     "dispatch",
     "combine",
     "allreduce",
+    "kv_exchange",
+    "send",
     "reduce_scatter",
     "all_gather",
     "expert_copies",

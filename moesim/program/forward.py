@@ -91,16 +91,18 @@ class Forward:
         self._num_batches, self._num_drafts = num_batches, num_drafts
         self._layers = (*model.layers, *(drafting_layer(model),) * num_drafts)
         self._slot_params_LRS = slot_params_LRS
-        self._operators = operators or partial(Operators, cluster.device)
-        self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
+        self.operators = operators or partial(Operators, cluster.device)
+        self._tp, self._cp, self._spread = layout.attention.tp, layout.attention.cp, layout.experts.ep > 1
         self.program = self._lower(expand)
         self._standing: dict[tuple[str | Members, ...], _Standing] = {}
 
     def _lower(self, expand: Expand | None) -> Program:
-        ranks = np.arange(self.layout.num_ranks, dtype=np.int32)
+        ranks = np.arange(self.layout.attention.num_ranks, dtype=np.int32)
         groups = {"tp": ranks // self._tp, "ep": ranks // (self.layout.experts.ep * self.layout.experts.etp)}
+        if self._cp > 1:
+            groups["cp"] = ranks // (self._tp * self._cp) * self._tp + ranks % self._tp
         draft = Draft(len(ranks), groups)
-        lowering, moe_layer = Lowering(draft, self._num_batches, self._tp > 1, self._spread), 0
+        lowering, moe_layer = Lowering(draft, self._num_batches, self._tp > 1, self._spread, self._cp > 1), 0
         for i, layer in enumerate(self._layers):
             if layer.mixer:
                 lowering.attention(i, halved=isinstance(layer.ffn, Experts) and self._spread)
@@ -114,7 +116,7 @@ class Forward:
             if i >= len(self.model.layers) - 1:
                 lowering.head(-1 if i < len(self.model.layers) else i)
         last = lowering.write()
-        if self._operators("value").calibration:
+        if self.operators("value").calibration:
             lowering.rows["host", 0] = [draft.add("host", -1, "host", after=last)]
         mixers = [layer.mixer for layer in self._layers if layer.mixer]
         self._mixers = tuple(dict.fromkeys(mixers))
@@ -139,7 +141,7 @@ class Forward:
             bound: which end of the believed efficiencies to use.
             operators: instead of those given at the start.
         """
-        ops = (operators or self._operators)(bound)
+        ops = (operators or self.operators)(bound)
         standing = self._stand([batch for batch, _ in parts], ops, is_kept=operators is None)
         costs = standing.costs.copy()
         for place, (batch, counts) in enumerate(parts):
@@ -185,7 +187,8 @@ class Forward:
 
     def _price_tokens(self, place: int, batch: Batch, costs: Costs, ops: Operators) -> dict[Mixer, Timed]:
         """All that neither contexts nor routing change; the projections of attention are returned."""
-        h, dtypes, tp, tokens_D = self.model.hidden_size, self.model.dtypes, self._tp, batch.members.tokens_D
+        h, dtypes, tp = self.model.hidden_size, self.model.dtypes, self._tp
+        tokens_D = self._dealt(batch.members.tokens_D)
         put = partial(self._put, costs, place=place)
         dense = [
             self._matmuls(ops, layer.ffn.matmuls(h, tp), tokens_D, dtypes.dense) + ops.launches(3.0)
@@ -216,10 +219,38 @@ class Forward:
         """What contexts and routing change: attention and experts."""
         put = partial(self._put, costs, place=place)
         for mixer in self._mixers:
-            timed = standing.projections[place][mixer] + self._attention_core_D(ops, mixer, batch)
-            put(mixer, timed=timed.repeated(self._tp))
+            core = self._attention_core_D(ops, mixer, batch)
+            core = core if self._cp == 1 else core.repeated(self._cp)
+            put(mixer, timed=(standing.projections[place][mixer] + core).repeated(self._tp))
+        if self._cp > 1:
+            exchanged = {mixer: self._exchanged_D(mixer, batch) for mixer in self._mixers}
+            bytes_LR = np.repeat([exchanged[x.mixer] for x in self._layers if x.mixer], self._cp * self._tp, axis=-1)
+            moving_s = network.half_all_reduce_s(bytes_LR, self._cp, self.cluster, ops.bound, stride=self._tp)
+            start = ops.collective_start(self._cp * self._tp, self.cluster)
+            put("kv_exchange", timed=ops.collective(moving_s) + start, num_bytes=bytes_LR * (1 - 1 / self._cp))
         if self.model.moe_layers and counts is not None:
             self._price_experts(put, ops, counts, standing.start)
+
+    def _dealt(self, amount_D: Floats) -> Floats:
+        """What each of the context-parallel ranks of a group has of the group's tokens or requests."""
+        return amount_D if self._cp == 1 else np.repeat(amount_D, self._cp) / self._cp
+
+    def _exchanged_D(self, mixer: Mixer, batch: Batch) -> Floats:
+        """Bytes among the context-parallel ranks of a group, one layer and slice.
+
+        In prefill all get all keys and values (Llama 3, arXiv 2407.21783, 3.3.2); in decode all get all queries, and
+        each the outputs of its own requests from all (Helix, arXiv 2507.07120).
+        """
+        if batch.phase == "prefill":
+            heads = min(self._tp, mixer.num_kv_heads) if isinstance(mixer, Attention) else 1
+            kv_bytes = BYTES_PER_PARAM[self.model.dtypes.kv]
+            return batch.kept_D(mixer.window) * mixer.kv_values_per_token() / heads * kv_bytes
+        if isinstance(mixer, LatentAttention):
+            width = 2 * mixer.kv_lora_rank + mixer.qk_rope_head_dim
+        else:
+            assert isinstance(mixer, Attention)
+            width = 2 * mixer.head_dim
+        return batch.members.tokens_D * mixer.num_heads * width / self._tp * self._activation_bytes
 
     @property
     def _activation_bytes(self) -> float:
@@ -260,7 +291,7 @@ class Forward:
 
     def _head_R(self, ops: Operators, batch: Batch) -> Timed:
         """Output head over the last token of each request (and those drafted), cut by tp."""
-        requests_D = batch.members.requests_D * batch.queries
+        requests_D = self._dealt(batch.members.requests_D) * batch.queries
         shape = (-(-self.model.vocab_size // self._tp), self.model.hidden_size)
         head = self._matmuls(ops, (shape,), requests_D, self.model.dtypes.embedding)
         return (head + ops.launches(2.0)).repeated(self._tp)
@@ -275,7 +306,11 @@ class Forward:
         """Attention of one layer without its projections, for each data-parallel group (each of its ranks alike)."""
         tp, kv_bytes, h = self._tp, BYTES_PER_PARAM[self.model.dtypes.kv], self.model.hidden_size
         kept_D, requests_D = batch.kept_D(mixer.window), batch.members.requests_D
-        pairs_D = batch.pairs_D(mixer.window) if batch.phase == "prefill" else batch.queries * kept_D
+        if batch.phase == "decode":  # each rank has its share of every cache
+            kept_D = kept_D if self._cp == 1 else kept_D / self._cp
+            pairs_D = batch.queries * kept_D
+        else:
+            pairs_D = batch.pairs_D(mixer.window) / self._cp
         cache_bytes = kept_D * mixer.kv_values_per_token() * kv_bytes
         if isinstance(mixer, Attention):
             flops = 4.0 * mixer.num_heads * mixer.head_dim * pairs_D / tp

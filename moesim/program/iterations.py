@@ -17,6 +17,7 @@ from moesim.program.exchange import Exchange
 from moesim.program.forward import Forward
 from moesim.program.offload import ExpertStore
 from moesim.program.operation import Costs, Program
+from moesim.program.pipeline import Pipeline, pieces
 from moesim.routing.blocks import Blocks, Windows, trimmed
 from moesim.routing.counting import Counter, Counts
 from moesim.routing.pool import RoutingPool
@@ -72,7 +73,7 @@ class Iterations:
             if layout.num_shared_expert_ranks:
                 num_experts += 1
                 self._ids_TLK = with_shared(self._ids_TLK, num_experts - 1)
-            num_ranks = layout.num_ranks if self._spread else layout.attention.dp
+            num_ranks = layout.attention.num_ranks if self._spread else layout.attention.dp * layout.attention.cp
             node_R = (np.arange(num_ranks) // cluster.devices_per_node).astype(np.int32)
             message = ALL_TO_ALLS[scenario.policies.all_to_all].message or "rank"
             message = message if self._spread else "rank"
@@ -96,10 +97,11 @@ class Iterations:
             cluster, policies.all_to_all, policies.network == "flows", is_played, scenario.faults.slowed
         )
         num_batches, slowdown_R = 2 if policies.two_batch_overlap else 1, scenario.faults.slowdown_R(cluster.num_ranks)
-        self.forward = Forward(
+        stage = Forward(
             model, cluster, layout, slot_params_LRS, expand, self._operators, exchange, num_batches,
-            workload.num_speculative_tokens, slowdown_R,
+            workload.num_speculative_tokens, slowdown_R if layout.pp == 1 else None,
         )  # fmt: skip
+        self.forward: Forward | Pipeline = stage if layout.pp == 1 else Pipeline(stage, layout.pp, slowdown_R)
 
     def _placement(self) -> Placement:
         """Where experts lie, by their load in requests that are not replayed; the shared one's ranks come last."""
@@ -138,7 +140,7 @@ class Iterations:
         batches = [whole, *(whole.halves() if s.policies.two_batch_overlap else ())]
         places_U = np.unique(np.concatenate([blocks.edges(self._windows(blocks, batch)) for batch in batches]))
         rows_T, top_k = blocks.rows_PM.ravel(), self._ids_TLK.shape[2]
-        is_cut = self._spread and s.layout.attention.tp > 1  # tokens of a rank do not stand side by side
+        is_cut = self._ranks_per_group() > 1  # tokens of a rank do not stand side by side
         pays = POOL_PAYS * len(rows_T) <= len(whole.rows_B) * s.workload.num_decodes
         num_layers, num_slots = placement.slot_expert_LP.shape
         fits = RoutingPool.bytes_of(len(places_U), num_layers, num_slots, placement.ep) <= POOL_BYTES
@@ -163,6 +165,11 @@ class Iterations:
         return pool.count(
             np.tile(windows.group_W, queries), np.concatenate(first_W), np.tile(windows.requests_W, queries)
         )
+
+    def _ranks_per_group(self) -> int:
+        """Expert ranks among which the tokens of a data-parallel group are dealt out."""
+        attention = self.scenario.layout.attention
+        return attention.cp * (attention.tp if self._spread else 1)
 
     def repeats(self) -> list[str]:
         """What the trace was too short for, and what stood for it, one sentence each."""
@@ -241,13 +248,15 @@ class Iterations:
             self.store.begin(whole.load_LRS[:, 0, :], predicted)
             costs = self.forward.price([(batch, None)], self.bound)
             return Iteration(batch.phase, self.forward.program, costs, whole)
-        parts = self.parts(batch) if self.scenario.policies.two_batch_overlap else [(batch, whole)]
+        is_cut = self.scenario.policies.two_batch_overlap or self.scenario.layout.pp > 1
+        parts = self.parts(batch) if is_cut else [(batch, whole)]
         return Iteration(batch.phase, self.forward.program, self.forward.price(parts, self.bound), whole)
 
     def parts(self, batch: Batch) -> list[tuple[Batch, Counts | None]]:
-        """The batches that overlap, or the one that does not, with the counts of their tokens."""
-        halves = batch.halves() if self.scenario.policies.two_batch_overlap else (batch,)
-        return [(half, self._count(half)) for half in halves]
+        """The batches that overlap, or are in a pipeline, or the one that is alone, with the counts of their tokens."""
+        if self.scenario.policies.two_batch_overlap:
+            return [(half, self._count(half)) for half in batch.halves()]
+        return [(piece, self._count(piece)) for piece in pieces(batch, self.scenario.layout.pp)]
 
     def _count(self, batch: Batch) -> Counts | None:
         """Tokens of a batch over expert ranks."""
@@ -259,9 +268,8 @@ class Iterations:
                 return self._count_windows(self._pool, self._blocks, batch)
             choice_B = np.repeat(batch.members.request_Q % self._blocks.num_traced, batch.queries)
         ids_TLK, source_B = self._ids_TLK, batch.members.group_B.astype(np.int32)
-        if self._spread:
-            tp = self.scenario.layout.attention.tp
-            source_B = (source_B * tp + np.arange(source_B.size) % tp).astype(np.int32)
+        dealt = self._ranks_per_group()
+        source_B = (source_B * dealt + np.arange(source_B.size) % dealt).astype(np.int32)
         counts = self._counter.count(ids_TLK, batch.rows_B, source_B, choice_B)
         if self._spread and self.scenario.policies.network == "flows":
             return self._counter.with_targets(counts, ids_TLK, batch.rows_B, source_B, choice_B)

@@ -22,6 +22,7 @@ class Lowering:
 
     Attributes:
         is_cut: whether tensor parallelism cuts the matrices; is_spread: whether experts lie on several ranks.
+        is_dealt: whether the tokens of a group are dealt out over ranks (context parallelism).
         rows: (name, batch) -> ids of its operations, one a layer.
     """
 
@@ -29,6 +30,7 @@ class Lowering:
     num_batches: int
     is_cut: bool
     is_spread: bool
+    is_dealt: bool = False
     rows: dict[tuple[str, int], list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -38,6 +40,8 @@ class Lowering:
 
     def attention(self, layer: int, halved: bool) -> None:
         """Attention; with tensor parallelism an all-reduce, or the first half of one."""
+        if self.is_dealt:
+            self._later("kv_exchange", layer, "network", "cp")
         self._later("attention", layer, "compute")
         if self.is_cut:
             self._later("reduce_scatter" if halved else "allreduce", layer, "network", "tp")

@@ -24,8 +24,7 @@ def begins(turn: ArrayLike, length: int) -> NDArray[np.int64]:
     >>> begins([0, 1, 2], 100).tolist()
     [0, 61, 23]
     """
-    share = np.mod(np.asarray(turn, np.float64) * GOLDEN, 1.0)
-    return np.floor(share * length).astype(np.int64)
+    return np.asarray(np.asarray(turn) * GOLDEN % 1.0 * length).astype(np.int64)
 
 
 class Replay:
@@ -60,8 +59,8 @@ class Replay:
     def prompt_rows(self, request: int, num_tokens: int) -> Rows:
         """Rows of the prompt tokens of one request."""
         rows = self.prompts[request % len(self.prompts)]
-        start = begins(request // len(self.prompts), len(rows))
-        return rows[(start + np.arange(num_tokens)) % len(rows)]
+        place = begins(request // len(self.prompts), len(rows)) + np.arange(num_tokens)
+        return np.asarray(rows[place % len(rows)])
 
     def decode_rows(self, num_requests: int, num_steps: int) -> NDArray[np.int64]:
         """Rows of the generated tokens, int64 [num_steps, num_requests]."""
