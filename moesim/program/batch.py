@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -59,12 +60,24 @@ class Members:
         start_D = np.concatenate([[0], np.cumsum(total_D)[:-1]])
         return np.asarray(before_Q - start_D[self.group_Q] < total_D[self.group_Q] / 2)
 
+    def piece_Q(self, number: int) -> Ids:
+        """Each group's requests in so many pieces, the first ones first: the piece of each request."""
+        order, place_Q = np.argsort(self.group_Q, kind="stable"), np.empty(len(self.group_Q), np.int64)
+        sizes_D = self.requests_D.astype(np.int64)
+        place_Q[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes_D) - sizes_D, sizes_D)
+        return np.asarray(place_Q * number // np.maximum(sizes_D[self.group_Q], 1))
+
+    def split(self, piece_Q: Ids, piece_B: Ids, number: int) -> Parts:
+        """Which tokens are in each piece, and whose they are."""
+        return tuple((piece_B == n, self.part(piece_Q == n, piece_B == n)) for n in range(number))
+
     @cached_property
-    def alike_halves(self) -> tuple[tuple[NDArray[np.bool_], Members], ...]:
-        """Halves of requests that all have as many tokens: which tokens, and whose."""
-        first_Q = self.first_Q(np.ones_like(self.group_Q))
-        first_B = np.repeat(first_Q, len(self.group_B) // max(len(self.group_Q), 1))
-        return tuple((in_B, self.part(in_Q, in_B)) for in_Q, in_B in ((first_Q, first_B), (~first_Q, ~first_B)))
+    def alike(self) -> dict[str, Parts]:
+        """Parts that were made of requests which all have as many tokens, by how."""
+        return {}
+
+
+Parts = tuple[tuple[NDArray[np.bool_], Members], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,18 +100,29 @@ class Batch:
     step: int = 0
     grown: int = 0
 
-    def halves(self) -> tuple[Batch, Batch]:
+    def halves(self) -> list[Batch]:
         """The first half of the requests of each group, and the other one; in prefill, of about as many tokens."""
-        if self.phase == "decode":
-            one, other = self.members.alike_halves
-        else:
-            in_Q = self.members.first_Q(self.members.lengths_Q)
-            in_B = np.repeat(in_Q, self.members.lengths_Q)
-            one, other = ((b, self.members.part(q, b)) for q, b in ((in_Q, in_B), (~in_Q, ~in_B)))
-        return self._part(*one), self._part(*other)
 
-    def _part(self, in_B: NDArray[np.bool_], members: Members) -> Batch:
-        return Batch(self.phase, members, self.rows_B[in_B], self.queries, self.step, self.grown)
+        def second_Q(weight_Q: Ids) -> Ids:
+            return (~self.members.first_Q(weight_Q)).astype(np.int64)
+
+        return self._cut("halves", second_Q, 2)
+
+    def pieces(self, number: int) -> list[Batch]:
+        """The requests of each group in so many batches, the first ones first."""
+        return self._cut(f"{number} pieces", lambda _: self.members.piece_Q(number), number)
+
+    def _cut(self, how: str, piece_Q: Callable[[Ids], Ids], number: int) -> list[Batch]:
+        """Parts by the piece of each request, given its tokens; those of decoding are kept."""
+        members, decodes = self.members, self.phase == "decode"
+        parts = members.alike.get(how) if decodes else None
+        if parts is None:
+            tokens_Q = np.full_like(members.lengths_Q, self.queries) if decodes else members.lengths_Q
+            of_Q = piece_Q(tokens_Q)
+            parts = members.split(of_Q, np.repeat(of_Q, tokens_Q), number)
+            if decodes:
+                members.alike[how] = parts
+        return [replace(self, members=part, rows_B=self.rows_B[in_B]) for in_B, part in parts]
 
     def pairs_D(self, window: int | None) -> Floats:
         """Query-key pairs of one layer in each group: causal in prefill, the whole context in decode."""

@@ -46,6 +46,9 @@ def _evenly(rows: list[int]) -> slice | NDArray[np.int64]:
     return slice(rows[0], rows[-1] + 1, *steps) if len(steps) == 1 else np.array(rows)
 
 
+_MOST_STANDING = 64  # parts of a batch, at most so many of which are on the way at once
+
+
 @dataclass(frozen=True, eq=False)
 class _Standing:
     """What iterations share that have as many tokens and requests in each group.
@@ -182,7 +185,9 @@ class Forward:
         self._put(costs, "host", 0, ops.host_overhead())
         found = _Standing(costs, projections, ops.collective_start(self.layout.experts.ep, self.cluster))
         if is_kept and batches[0].phase == "decode":
-            self._standing = {key: found}
+            if len(self._standing) >= _MOST_STANDING:
+                self._standing.clear()
+            self._standing[key] = found
         return found
 
     def _price_tokens(self, place: int, batch: Batch, costs: Costs, ops: Operators) -> dict[Mixer, Timed]:

@@ -17,7 +17,7 @@ from moesim.program.exchange import Exchange
 from moesim.program.forward import Forward
 from moesim.program.offload import ExpertStore
 from moesim.program.operation import Costs, Program
-from moesim.program.pipeline import Pipeline, pieces
+from moesim.program.pipeline import Pipeline
 from moesim.routing.blocks import Blocks, Windows, trimmed
 from moesim.routing.counting import Counter, Counts
 from moesim.routing.pool import RoutingPool
@@ -137,7 +137,7 @@ class Iterations:
         """What counts decoding by windows of blocks, where it can, fits and pays; the counts are the same."""
         s = self.scenario
         whole = next(self.decode_batches())
-        batches = [whole, *(whole.halves() if s.policies.two_batch_overlap else ())]
+        batches = [whole, *self._cut(whole)]
         places_U = np.unique(np.concatenate([blocks.edges(self._windows(blocks, batch)) for batch in batches]))
         rows_T, top_k = blocks.rows_PM.ravel(), self._ids_TLK.shape[2]
         is_cut = self._ranks_per_group() > 1  # tokens of a rank do not stand side by side
@@ -254,9 +254,13 @@ class Iterations:
 
     def parts(self, batch: Batch) -> list[tuple[Batch, Counts | None]]:
         """The batches that overlap, or are in a pipeline, or the one that is alone, with the counts of their tokens."""
+        return [(part, self._count(part)) for part in self._cut(batch)]
+
+    def _cut(self, batch: Batch) -> list[Batch]:
+        pp = self.scenario.layout.pp
         if self.scenario.policies.two_batch_overlap:
-            return [(half, self._count(half)) for half in batch.halves()]
-        return [(piece, self._count(piece)) for piece in pieces(batch, self.scenario.layout.pp)]
+            return batch.halves()
+        return [batch] if pp == 1 else batch.pieces(pp)
 
     def _count(self, batch: Batch) -> Counts | None:
         """Tokens of a batch over expert ranks."""
