@@ -109,7 +109,7 @@ def rank_messages(paid_TE: NDArray[np.bool_], num_ranks: int) -> Ints:
 
 
 def traffic(sent_RR: Ints, node_R: Ints) -> NDArray[np.int32]:
-    """Messages as `network.all_to_all_s` wants them, [4, 1, R]: sent inside the node, outside; received inside, outside."""
+    """Messages as `network.all_to_all_s` wants them, [4, 1, R]: sent inside the node and out of it, then received."""
     is_far_RR = node_R[:, None] != node_R[None, :]
     near_RR, far_RR = np.where(is_far_RR, 0, sent_RR), np.where(is_far_RR, sent_RR, 0)
     sums = near_RR.sum(axis=1), far_RR.sum(axis=1), near_RR.sum(axis=0), far_RR.sum(axis=0)
