@@ -275,7 +275,7 @@ def test_of_top_k_the_counts_are_those_of_the_library():
         np.testing.assert_array_equal(
             traffic(rank_messages(by_id_TE, ep), node_R.astype(np.int64))[:, 0], counts.traffic_CLR[:, layer]
         )
-        effects = layer_effects(Routed(by_id_TE, np.zeros(64, bool)), Experts((1024,) * 64, 8), 2048, cluster, ep)
+        effects = layer_effects(Routed.of(by_id_TE), Experts((1024,) * 64, 8), 2048, cluster, ep)
         assert effects.rank_messages == counts.traffic_CLR[:2, layer].sum()
         assert effects.flops == 512 * 8 * 2 * 3 * 2048 * 1024
         assert effects.node_messages <= effects.rank_messages <= 512 * 8
@@ -292,7 +292,7 @@ def test_effects_of_limits():
     assert one.flops * 4 == whole.flops and one.seconds < whole.seconds and one.rank_messages < whole.rank_messages
     alone = layer_effects(top_k(scores_TE, 4), ffn, 1024, cluster, 1)
     assert alone.rank_messages == alone.node_messages == 0 and alone.dispatch_s == 0 and alone.rank_imbalance == 1
-    nothing = layer_effects(Routed(np.zeros((4, 16), bool), np.zeros(16, bool)), ffn, 1024, cluster, 8)
+    nothing = layer_effects(Routed.of(np.zeros((4, 16), bool)), ffn, 1024, cluster, 8)
     assert nothing.flops == nothing.experts_s == nothing.distinct_experts == 0 and np.isnan(nothing.rank_imbalance)
     free = layer_effects(
         top_k(rng.normal(size=(256, 20)), 4, num_free=4), Experts((512,) * 16 + (0,) * 4, 4), 1024, cluster, 8
@@ -306,7 +306,7 @@ def test_effects_of_widths():
     """A token at a wide expert costs its width."""
     ffn = Experts(arithmetic_widths(9, 23, 8), 1)
     chosen_TE = np.eye(8, dtype=bool)
-    effects = layer_effects(Routed(chosen_TE, np.zeros(8, bool)), ffn, 10, load_cluster("h100-x1"), 1)
+    effects = layer_effects(Routed.of(chosen_TE), ffn, 10, load_cluster("h100-x1"), 1)
     assert effects.flops == 2 * 3 * 10 * 128
 
 

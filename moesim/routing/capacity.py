@@ -50,13 +50,8 @@ def capped(
     T, E = routed.chosen_TE.shape
     token_A, expert_A = np.nonzero(routed.chosen_TE)
     group_A = np.zeros_like(token_A) if group_T is None else np.asarray(group_T)[token_A]
-    by_A = {
-        "position": lambda: np.zeros(len(token_A)),
-        "choice": lambda: ranked(scores_TE)[token_A, expert_A],
-        "priority": lambda: -np.asarray(scores_TE, np.float64).max(axis=1)[token_A],
-        "random": lambda: np.random.default_rng(seed).random(T)[token_A],
-    }[order]()
-    sequence = np.lexsort((token_A, by_A, group_A, expert_A))
+    first_A = _first_comes(order, np.asarray(scores_TE, np.float64), seed)[token_A, expert_A]
+    sequence = np.lexsort((token_A, first_A, group_A, expert_A))
     key = np.stack([expert_A[sequence], group_A[sequence]])
     is_first = np.r_[True, (key[:, 1:] != key[:, :-1]).any(axis=0)][: len(sequence)]
     start = np.maximum.accumulate(np.where(is_first, np.arange(len(sequence)), 0))
@@ -64,6 +59,18 @@ def capped(
     kept_TE = np.zeros((T, E), np.bool_)
     kept_TE[token_A[sequence[fits]], expert_A[sequence[fits]]] = True
     return Routed(kept_TE, routed.is_free_E, routed.dropped_TE | (routed.chosen_TE & ~kept_TE))
+
+
+def _first_comes(order: str, scores_TE: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """What an expert's queue is sorted by, [T, E], before position."""
+    if order == "choice":
+        return ranked(scores_TE).astype(np.float64)
+    key_T = np.zeros(len(scores_TE))
+    if order == "priority":
+        key_T = -scores_TE.max(axis=1)
+    elif order == "random":
+        key_T = np.random.default_rng(seed).random(len(scores_TE))
+    return np.broadcast_to(key_T[:, None], scores_TE.shape)
 
 
 def expert_choice(scores_TE: NDArray[np.floating], places: int) -> Routed:
@@ -74,10 +81,10 @@ def expert_choice(scores_TE: NDArray[np.floating], places: int) -> Routed:
     Raises:
         ValueError: there are fewer tokens than places.
     """
-    T, E = scores_TE.shape
+    T, _E = scores_TE.shape
     if not 0 <= places <= T:
         raise ValueError(f"an expert that chooses {places} tokens needs as many; given {T}")
-    return Routed(places > ranked(np.ascontiguousarray(scores_TE.T)).T, np.zeros(E, np.bool_))
+    return Routed.of(places > ranked(np.ascontiguousarray(scores_TE.T)).T)
 
 
 def moe_plus_plus_capacity(tau: float, gamma: float, num_tokens: int, num_ffn: int, num_free: int) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ its K choices, `moesim.routing.scores.with_scores` draws the others. Rules that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,13 @@ class Routed:
 
     chosen_TE: Mask
     is_free_E: Mask
-    dropped_TE: Mask = field(default=None)  # type: ignore[assignment]
+    dropped_TE: Mask
 
-    def __post_init__(self) -> None:
-        if self.dropped_TE is None:
-            object.__setattr__(self, "dropped_TE", np.zeros_like(self.chosen_TE))
+    @classmethod
+    def of(cls, chosen_TE: Mask, num_free: int = 0) -> Routed:
+        """A routing that drops nothing, whose last `num_free` experts are free."""
+        E = chosen_TE.shape[1]
+        return cls(chosen_TE, np.arange(E) >= E - num_free, np.zeros_like(chosen_TE))
 
     @property
     def computed_TE(self) -> Mask:
@@ -77,7 +79,7 @@ def top_k(scores_TE: NDArray[np.floating], k: int, num_free: int = 0) -> Routed:
     E = scores_TE.shape[1]
     if not 0 <= k <= E or not 0 <= num_free <= E:
         raise ValueError(f"a token chooses k = {k} of {E} experts, {num_free} of them free: both must be in 0 to {E}")
-    return Routed(ranked(scores_TE) < k, _free(E, num_free))
+    return Routed.of(ranked(scores_TE) < k, num_free)
 
 
 def top_p(probability_TE: Floats, p: float, max_k: int | None = None) -> Routed:
@@ -96,7 +98,7 @@ def top_p(probability_TE: Floats, p: float, max_k: int | None = None) -> Routed:
     before_TE = np.cumsum(sorted_TE, axis=1) - sorted_TE  # what the better ones have reached
     # At p = 1 rounding may leave the sum short of 1: all are taken, as far as they have any probability.
     needed_T = np.maximum(((before_TE < p - 1e-12) & (sorted_TE > 0)).sum(axis=1), 1)
-    return Routed(place_TE < np.minimum(needed_T, max_k or E)[:, None], _free(E, 0))
+    return Routed.of(place_TE < np.minimum(needed_T, max_k or E)[:, None])
 
 
 def relu_gate(scores_TE: NDArray[np.floating], mean_k: float) -> Routed:
@@ -113,7 +115,7 @@ def relu_gate(scores_TE: NDArray[np.floating], mean_k: float) -> Routed:
         raise ValueError(f"mean_k = {mean_k}: a token has between 0 and {E} experts")
     wanted, flat = round(T * mean_k), np.sort(np.asarray(scores_TE, np.float64), axis=None)
     threshold = -np.inf if wanted == flat.size else flat[flat.size - wanted - 1]
-    return Routed(np.asarray(scores_TE > threshold), _free(E, 0))
+    return Routed.of(np.asarray(scores_TE > threshold))
 
 
 def skip_light(routed: Routed, probability_TE: Floats, ratio: float) -> Routed:
@@ -124,7 +126,7 @@ def skip_light(routed: Routed, probability_TE: Floats, ratio: float) -> Routed:
     """
     weight_TE = np.where(routed.chosen_TE, probability_TE, -np.inf)
     kept_TE = routed.chosen_TE & (weight_TE >= ratio * weight_TE.max(axis=1, keepdims=True))
-    return Routed(kept_TE, routed.is_free_E, routed.dropped_TE)
+    return replace(routed, chosen_TE=kept_TE)
 
 
 def task_level(probability_TE: Floats, task_T: NDArray[np.integer], k: int) -> Routed:
@@ -136,7 +138,7 @@ def task_level(probability_TE: Floats, task_T: NDArray[np.integer], k: int) -> R
     tasks, index_T = np.unique(task_T, return_inverse=True)
     liked_QE = np.zeros((len(tasks), probability_TE.shape[1]))
     np.add.at(liked_QE, index_T, probability_TE)
-    return Routed(top_k(liked_QE, k).chosen_TE[index_T], _free(probability_TE.shape[1], 0))
+    return Routed.of(top_k(liked_QE, k).chosen_TE[index_T])
 
 
 def multi_head(scores_THE: NDArray[np.floating], k: int) -> Routed:
@@ -174,7 +176,3 @@ def arithmetic_widths(first: int, last: int, num_experts: int) -> tuple[int, ...
     return (
         tuple(range(first, last + 1, (last - first) // (num_experts - 1))) if last > first else (first,) * num_experts
     )
-
-
-def _free(num_experts: int, num_free: int) -> Mask:
-    return np.asarray(np.arange(num_experts) >= num_experts - num_free)
