@@ -66,6 +66,15 @@ def test_traffic_is_counted_as_by_hand(given_):
     assert (traffic.choices_RR == choices_RR).all() and traffic.tokens_R.sum() == len(source_B)
 
 
+def test_even_traffic_is_what_even_routing_counts():
+    ranks = Ranks(8, 4)
+    source_B, target_B = (index.ravel() for index in np.indices((8, 8)))  # each rank has a token for each
+    counted, even = TokenTraffic.of(ranks, source_B, target_B[:, None], 10.0), TokenTraffic.even(ranks, 80.0)
+    assert even.bytes_RR == pytest.approx(counted.bytes_RR)
+    for name in ("choices_RR", "tokens_RR", "tokens_RN", "tokens_R"):
+        assert getattr(even, name) * 8 == pytest.approx(getattr(counted, name))
+
+
 @given(traffics())
 @settings(deadline=None)
 def test_hierarchies_deliver_what_flat_delivers(given_):

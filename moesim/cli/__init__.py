@@ -12,6 +12,7 @@ from moesim.cli.check import check_command
 from moesim.cli.list import list_command
 from moesim.cli.profile import profile_group
 from moesim.cli.run import run_command
+from moesim.cli.study import study_group
 from moesim.cli.trace import trace_group
 from moesim.cli.validate import validate_group
 from moesim.version import __version__
@@ -25,7 +26,7 @@ def cli() -> None:
 
 for command in (
     run_command, check_command, list_command, capture_command, trace_group, profile_group, validate_group,
-    calibrate_command,
+    calibrate_command, study_group,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -112,6 +112,17 @@ def _traces() -> list[dict[str, Any]]:
     return rows
 
 
+def study_rows() -> list[dict[str, Any]]:
+    """Each study with what it asks."""
+    from moesim.study import load_studies, study_names
+
+    return [{"study": study.name, "asks": study.question} for study in load_studies(study_names())]
+
+
 def _studies() -> list[dict[str, Any]]:
-    found = sorted(p.name for p in resources.files("moesim.studies").iterdir() if p.name.endswith(".toml"))
-    return [{"study": f"studies/{name}"} for name in found]
+    scenarios = []
+    for entry in sorted(resources.files("moesim.studies").iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".toml"):
+            asks = entry.read_text("utf-8").partition("\n")[0].removeprefix("#").strip()
+            scenarios.append({"study": f"studies/{entry.name}", "asks": asks})
+    return scenarios + study_rows()

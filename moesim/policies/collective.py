@@ -98,6 +98,13 @@ class TokenTraffic:
         tokens_R = np.bincount(source_B, minlength=R).astype(np.float64)
         return cls(ranks, tokens_R, choices, distinct(target_BK, R), distinct(ranks.node_R[target_BK], N), token_bytes)
 
+    @classmethod
+    def even(cls, ranks: Ranks, rank_bytes: float) -> TokenTraffic:
+        """Top-1 routing in equal shares: every rank has `rank_bytes`, an R-th of them for each rank."""
+        R, N = ranks.num_ranks, ranks.num_nodes
+        share_RR = np.full((R, R), 1 / R)
+        return cls(ranks, np.ones(R), share_RR, share_RR, np.full((R, N), 1 / N), rank_bytes)
+
     @property
     def bytes_RR(self) -> Floats:
         """Bytes that each rank has for each, a token once for each rank."""
