@@ -113,13 +113,11 @@ def adamoe() -> list[Claim]:
                  if isinstance(layer.ffn, Experts))  # fmt: skip
     share = routed / (mixtral.num_active_params - mixtral.embedding_params / 2)
     found = [
-        Claim(f"AdaMoE on Mixtral, {load} of 2 experts: FLOP saved", "Mixtral results", paper / 100, share * (1 - load / 2),
-              "fraction", 0.02)
+        Claim(f"AdaMoE on Mixtral, {load} of 2 experts: FLOP saved", "Mixtral results", paper / 100,
+              share * (1 - load / 2), "fraction", 0.02)
         for load, paper in ADAMOE_LOADS.items()
     ]  # fmt: skip
-    liked = (
-        "the trained router takes true experts more often than null ones; its balancing loss pulls at that only so far"
-    )
+    liked = "the trained router takes true experts more often than null ones, which its balancing loss only pulls at"
     differs = (16, 4), (32, 6), (40, 7), (40, 8), (48, 8)
     return found + [
         Claim(f"AdaMoE on SIQA, {num_null} null experts, top-{k}: load", "choice of m and k", paper,
@@ -219,8 +217,8 @@ def deepseek_moe() -> list[Claim]:
         Claim("DeepSeekMoE 16B: FLOP of LLaMA2 7B", "16B against 7B", 0.396, ours[0] / ours[2], "ratio", 0.02),
         Claim("DeepSeekMoE 16B: GB of weights in 16 bits, on one GPU of 40 GB", "abstract", "< 40",
               2 * sparse.num_params / 1e9),
-        Claim("DeepSeekMoE 16B: speed of a dense 7B where arithmetic bounds it", "deployment of 16B", 2.5, ours[1] / ours[0],
-              "ratio", 0.1),
+        Claim("DeepSeekMoE 16B: speed of a dense 7B where arithmetic bounds it", "deployment of 16B", 2.5,
+              ours[1] / ours[0], "ratio", 0.1),
         Claim("DeepSeekMoE 145B: FLOP of DeepSeek 67B", "145B against 67B", 0.285, None, "ratio", 0.02,
               because="the sizes of the 145B model are not at hand"),
     ]  # fmt: skip
