@@ -4,12 +4,12 @@ Question: what does it cost to pad every expert to a fixed capacity, and to disp
 chooses 2 of 128 or 512 experts?
 
 Setting: nodes of `dgx-v100`. LM: 24 layers of width 1024, 512 experts of width 4096 in every second one, capacity 0.05
-of a device's tokens. MT encoder: 24 layers of width 2048, 128 experts of width 8192 in every fourth, capacity 1. Widths
-follow from 52 and 54.5 billion parameters. Tokens on a GPU are not at hand: they are what gives the published latency
-of the dense model of the same FLOP.
+of a device's tokens. MT encoder: 24 layers of width 2048, 128 experts of width 8192 in every fourth, capacity 1.
+Widths follow from 52 and 54.5 billion parameters. Tokens on a GPU are not at hand: they are what gives the published
+latency of the dense model of the same FLOP.
 
-Lever: static (every expert takes C S rows of each GPU; masks of S x E C S entries multiply the tokens on the way in and
-out) or dynamic (2 S rows, gathered by index).
+Lever: static (every expert takes C S rows of each GPU; masks of S x E C S entries multiply the tokens on the way in
+and out) or dynamic (2 S rows, gathered by index).
 
 Expected before the first run: waste factors agree exactly. Static latency and memory come within a quarter, since they
 are large products and arrays. Dynamic gating gains more here than published, because what is left of its time is host

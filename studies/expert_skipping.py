@@ -1,20 +1,20 @@
 """Faster MoE inference (arXiv 2505.03531): skipping experts, by regime of load.
 
-Question: what does it bring to let a token choose 2 experts instead of 6, at few requests, at many, and where arithmetic
-bounds the step?
+Question: what does it bring to let a token choose 2 experts instead of 6, at few requests, at many, and where
+arithmetic bounds the step?
 
 Setting: DeepSeek-V2-Lite (64 routed experts, top-6, 2 shared) on one `h100-x1` with rooflines, contexts of 128 tokens,
-even routing; and the packaged trace's real routing (64 experts, top-8) at OLMoE's sizes. The paper ran SGLang; on which
-GPU and at which loads is not at hand.
+even routing; and the packaged trace's real routing (64 experts, top-8) at OLMoE's sizes. The paper ran SGLang; on
+which GPU and at which loads is not at hand.
 
 Lever: experts per token, by rank: the heaviest stay.
 
-Expected before the first run: at few requests the time goes with the distinct experts that are read, so the gain is near
-the paper's half; at some hundreds all experts are read with 2 as with 6, and it nearly vanishes; in prefill it is the
-ratio of FLOP.
+Expected before the first run: at few requests the time goes with the distinct experts that are read, so the gain is
+near the paper's half; at some hundreds all experts are read with 2 as with 6, and it nearly vanishes; in prefill it is
+the ratio of FLOP.
 
-Cannot speak about: accuracy, and which experts a model can do without. The paper's charts are not at hand, only what its
-text says of them.
+Cannot speak about: accuracy, and which experts a model can do without. The paper's charts are not at hand, only what
+its text says of them.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def claims() -> list[Claim]:
               (gain(MID) - 1) / (low - 1), "fraction"),
         Claim("the same on real routing, 8 to 3 of the packaged trace", "throughput by load", "< 0.5",
               (gain(MID, True) - 1) / (real_low - 1), "fraction"),
-        Claim("share of the layers' FLOP that 6 to 2 saves", "compute share", 0.45, 1 - skipped / whole, "fraction", 0.1,
-              because=parts),
+        Claim("share of the layers' FLOP that 6 to 2 saves", "compute share", 0.45, 1 - skipped / whole, "fraction",
+              0.1, because=parts),
         Claim("6 to 2 experts, prefill: throughput over the ratio of FLOP", "throughput by load", 1.0,
               prefill_gain() / (whole / skipped), "ratio", 0.15),
         Claim("bytes of expert over tensor parallelism, 2 of 64 experts on 8 GPUs", "formula", "<= 0.2858",

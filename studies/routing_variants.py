@@ -2,17 +2,17 @@
 
 Question: how much expert work is left when a router may choose fewer experts, free ones, or smaller ones?
 
-Setting: each variant's rule from `moesim.routing.variants`, on random scores where a paper's router is balanced, and on
-the gate weights of the packaged trace (olmoe-shape-16x64, 16 layers of 64 experts, top-8) where it says how tokens
+Setting: each variant's rule from `moesim.routing.variants`, on random scores where a paper's router is balanced, and
+on the gate weights of the packaged trace (olmoe-shape-16x64, 16 layers of 64 experts, top-8) where it says how tokens
 differ. Parameters and FLOP are counted on model specifications.
 
 Lever: free experts and their tau (MoE++ arXiv 2410.07348, AdaMoE arXiv 2406.13233), p (Dynamic MoE arXiv 2403.07652),
 one threshold (ReMoE arXiv 2412.14711), widths (HMoE arXiv 2408.10681), groups (Grove arXiv 2508.07785).
 
 Expected before the first run: arithmetic agrees (AdaMoE, Grove, DeepSeekMoE). MoE++'s expert time is a part for each
-expert and a part for the tokens that they compute, so that a line fitted to two cells of its 16 + 4 row gives the other
-rows within a tenth. AdaMoE's load is that of a router that takes null and true experts alike. Tokens of early layers
-need more experts for the same p, and rare tokens pass a common threshold more often.
+expert and a part for the tokens that they compute, so that a line fitted to two cells of its 16 + 4 row gives the
+other rows within a tenth. AdaMoE's load is that of a router that takes null and true experts alike. Tokens of early
+layers need more experts for the same p, and rare tokens pass a common threshold more often.
 
 Cannot speak about: quality. What a router trained for one of these rules would choose is not known from a router that
 was trained for top-8; the trace was made by a tiny model of our own.
