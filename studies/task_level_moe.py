@@ -97,7 +97,7 @@ def claims() -> list[Claim]:
               0.1, because="a token also computes two experts where the dense network has one, and both are padded"),
         Claim("task-level over token-level, and two experts of a token", "peak tokens/s", 1.87, speedup(2.0),
               "ratio", 0.1, because="experts take as many rows as their capacity, not as tokens choose"),
-        Claim("task-level over token-level, if experts are padded to twice the even load besides", "peak tokens/s", 1.87,
+        Claim("task-level over token-level, if experts are padded to twice the even load", "peak tokens/s", 1.87,
               speedup(4.0), "ratio", 0.1),
         Claim("200 languages, 128 experts, 13B: task-level over token-level", "multilingual", 2.6, None, "ratio", 0.1,
               because="its sizes and its share of communication are not at hand"),
