@@ -30,6 +30,7 @@ from moesim.files.scenarios import load_trace
 from moesim.mixers import Attention
 from moesim.model import Dense, Experts, Layer, ModelSpec
 from moesim.routing.capacity import moe_plus_plus_share
+from moesim.routing.scores import gate_weights_TE
 from moesim.routing.trace import RoutingTrace
 from moesim.routing.variants import adjugate, relu_gate, top_k, top_p
 from moesim.study import Claim
@@ -53,16 +54,6 @@ NULL_LOADS = {(16, 4): 1.66, (32, 4): 0.77, (32, 5): 1.05, (32, 6): 1.54, (40, 6
 def packaged() -> RoutingTrace:
     """The trace that comes with moesim."""
     return load_trace("olmoe-shape-16x64")
-
-
-def recorded(layer: int) -> Floats:
-    """Probabilities that the packaged trace has, [T, E], 0 where it has none."""
-    trace = packaged()
-    assert trace.weights_TLK is not None
-    probability_TE = np.zeros((trace.num_tokens, trace.num_experts))
-    np.put_along_axis(probability_TE, trace.expert_ids_TLK[:, layer].astype(np.int64),
-                      trace.weights_TLK[:, layer].astype(np.float64), axis=1)  # fmt: skip
-    return probability_TE
 
 
 # MoE++
@@ -131,7 +122,8 @@ def adamoe() -> list[Claim]:
 
 def top_p_means(p: float = 0.1) -> Floats:
     """Experts per token in each layer of the packaged trace; at this p every token's recorded 8 weights suffice."""
-    return np.array([top_p(recorded(layer), p).mean_experts for layer in range(packaged().num_layers)])
+    trace = packaged()
+    return np.array([top_p(gate_weights_TE(trace, layer), p).mean_experts for layer in range(trace.num_layers)])
 
 
 def rarity_correlation() -> float:
@@ -139,8 +131,8 @@ def rarity_correlation() -> float:
     trace = packaged()
     _ids, index_T, count = np.unique(trace.token_id_T, return_inverse=True, return_counts=True)
     log_T = np.log(count[index_T])
-    experts = (relu_gate(recorded(layer), 2.0).chosen_TE.sum(axis=1) for layer in range(trace.num_layers))
-    return float(np.mean([np.corrcoef(log_T, number_T)[0, 1] for number_T in experts]))
+    gates = (relu_gate(gate_weights_TE(trace, layer), 2.0) for layer in range(trace.num_layers))
+    return float(np.mean([np.corrcoef(log_T, gate.chosen_TE.sum(axis=1))[0, 1] for gate in gates]))
 
 
 def varying() -> list[Claim]:
