@@ -87,6 +87,20 @@ def changed(order: str, factor: float = 1.0, per_request: bool = False) -> float
     return float(np.mean(differ))
 
 
+def lost(order: str, factor: float, per_request: bool = False) -> float:
+    """How often a token loses its only expert to 63 copies of itself that come before it, one request each."""
+    found = []
+    for layer in LAYERS:
+        scores_TE, _request_T = batch(layer)
+        for victim in range(0, len(scores_TE), 31):
+            copies_TE = np.repeat(scores_TE[[victim]], 64, axis=0)
+            group_T = np.arange(64) if per_request else None
+            places = capacity(factor, 64, 1, 64)
+            kept = capped(top_k(copies_TE, 1), copies_TE, places, order, group_T, seed=victim)
+            found.append(not kept.chosen_TE[-1].any())
+    return float(np.mean(found))
+
+
 def effects(routed: Routed) -> LayerEffects:
     """Of a layer of OLMoE's sizes on eight H100."""
     model = load_model("olmoe-1b-7b")
@@ -132,6 +146,13 @@ def claims() -> list[Claim]:
               by_priority[1] / by_position[1], "ratio"),
         *(Claim(f"places for the batch, by {order}: requests whose routing mates change", mates, "> 0", changed(order),
                 "fraction") for order in ("position", "choice", "priority", "random")),
+        Claim("a token behind 63 copies of itself loses its expert, by position", mates, 1.0, lost("position", 2.0),
+              "fraction", 0.01),
+        Claim("the same, by lot", mates, "< 1", lost("random", 2.0), "fraction"),
+        Claim("the same by lot, with 16 times the places over that", mates, "< 1",
+              lost("random", 32.0) / lost("random", 2.0), "ratio"),
+        Claim("the same with places for each request", mates, "<= 0", lost("position", 2.0, per_request=True),
+              "fraction"),
         Claim("places for each request: requests whose routing mates change", mates, "<= 0",
               changed("position", per_request=True), "fraction"),
         Claim("places for everyone: requests whose routing mates change", mates, "<= 0", changed("position", 32.0),
