@@ -96,7 +96,7 @@ def lost(order: str, factor: float, per_request: bool = False) -> float:
             copies_TE = np.repeat(scores_TE[[victim]], 64, axis=0)
             group_T = np.arange(64) if per_request else None
             places = capacity(factor, 64, 1, 64)
-            kept = capped(top_k(copies_TE, 1), copies_TE, places, order, group_T, seed=victim)
+            kept = capped(top_k(copies_TE, 1), copies_TE, places, order, group_T, seed=4096 * layer + victim)
             found.append(not kept.chosen_TE[-1].any())
     return float(np.mean(found))
 
