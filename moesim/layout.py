@@ -1,6 +1,6 @@
 """Who holds what: two rank grids over the same ranks (attention, experts), and the placement of experts.
 
-Ranks are numbered with the last axis fastest: rank = (dp, tp) for attention, (edp, ep, etp) for experts.
+Ranks are numbered with the last axis fastest: rank = (dp, cp, tp) for attention, (edp, ep, etp) for experts.
 """
 
 from __future__ import annotations
@@ -16,10 +16,19 @@ from moesim.model import ModelSpec
 
 @dataclass(frozen=True)
 class AttentionGrid:
-    """Data-parallel groups of tensor-parallel ranks."""
+    """Data-parallel groups of context-parallel groups of tensor-parallel ranks.
+
+    cp: over how many ranks the tokens of a group are dealt out: of each prompt, or (in decode) of each cache.
+    """
 
     dp: int = 1
     tp: int = 1
+    cp: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """R."""
+        return self.dp * self.cp * self.tp
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Layout:
     @property
     def num_ranks(self) -> int:
         """R."""
-        return self.attention.dp * self.attention.tp
+        return self.attention.num_ranks
 
     def mistakes(self, model: ModelSpec, num_ranks: int) -> list[str]:
         """What keeps this layout from fitting the model and the machine: one sentence per broken rule."""
@@ -61,14 +70,14 @@ class Layout:
             found.append(f"layout: num_redundant_experts must be 0 or more, given {self.num_redundant_experts}")
         if found:
             return found
-        if a.dp * a.tp != num_ranks:
+        if a.num_ranks != num_ranks:
             found.append(
-                f"layout.attention: dp x tp must equal the {num_ranks} devices of the machine, given "
-                f"{a.dp} x {a.tp} = {a.dp * a.tp}"
+                f"layout.attention: dp x cp x tp must equal the {num_ranks} devices of the machine, given "
+                f"{a.dp} x {a.cp} x {a.tp} = {a.num_ranks}"
             )
-        if e.edp * e.ep * e.etp != a.dp * a.tp:
+        if e.edp * e.ep * e.etp != a.num_ranks:
             found.append(
-                f"layout.experts: edp x ep x etp must equal dp x tp = {a.dp * a.tp}, given "
+                f"layout.experts: edp x ep x etp must equal dp x cp x tp = {a.num_ranks}, given "
                 f"{e.edp} x {e.ep} x {e.etp} = {e.edp * e.ep * e.etp}"
             )
         if e.ep > 1 and e.etp > 1:
@@ -78,7 +87,12 @@ class Layout:
                 f"layout.experts: with ep = 1 each tensor-parallel group holds all experts, so etp must be tp = "
                 f"{a.tp}, given {e.etp}"
             )
-        for mixer in {layer.mixer for layer in model.layers}:
+        mixers = {layer.mixer for layer in model.layers if layer.mixer}
+        if a.cp > 1 and not all(isinstance(mixer, Attention | LatentAttention) for mixer in mixers):
+            found.append(
+                f"layout.attention: cp = {a.cp}, but the states of {model.name} cannot be cut by tokens; set it to 1"
+            )
+        for mixer in mixers:
             if isinstance(mixer, Attention | LatentAttention) and mixer.num_heads % a.tp:
                 found.append(
                     f"layout.attention: tp = {a.tp} does not divide the {mixer.num_heads} heads of {model.name}"

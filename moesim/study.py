@@ -30,6 +30,7 @@ SECTIONS: Mapping[str, str] = {
 }
 """Start of a paragraph of a study's docstring -> what it is called here. All are needed; "Slow" may stand beside."""
 SLOW = "Slow"
+NOT_AT_HAND = "the paper's value is not at hand"
 
 _BOUNDS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
@@ -111,7 +112,7 @@ class Claim:
         if self.fitted:
             return f"fitted to this cell: {self.fitted}"
         if self.paper is None and not self.because:
-            return "the paper's value is not at hand"
+            return NOT_AT_HAND
         return self.because
 
     def as_json(self) -> dict[str, Any]:
@@ -214,10 +215,14 @@ def run_study(study: Study) -> Judged:
     """Compute every claim of a study.
 
     Raises:
+        RuntimeError: its code raised a ValueError: that is no fault of the input.
         ValueError: it claims nothing, or the same twice.
     """
     began = time.perf_counter()
-    claims: Sequence[Claim] = import_module(f"moesim.studies.{study.name}").claims()
+    try:
+        claims: Sequence[Claim] = import_module(f"moesim.studies.{study.name}").claims()
+    except ValueError as error:
+        raise RuntimeError(f"study {study.name!r} broke: {error}") from error
     twice = [says for says, times in Counter(claim.says for claim in claims).items() if times > 1]
     if twice or not claims:
         wrong = f"says {', '.join(map(repr, twice))} twice" if twice else "claims nothing"

@@ -10,6 +10,7 @@ from moesim.program.iterations import Iteration, Iterations
 from moesim.program.operation import Operation, Played
 from moesim.program.walk import account
 from moesim.results import Record, Result
+from moesim.routing.counting import summed_slots
 from moesim.version import __version__
 
 
@@ -38,7 +39,7 @@ class Tally:
         parts_s["imbalance"] = parts_s.get("imbalance", 0.0) + float(idle_R.mean())
         self._busy_s += played.costs.seconds_NR.sum(axis=1) @ played.costs.shares_NX
         if iteration.counts is not None:
-            load_LR = iteration.counts.load_LRS.sum(axis=-1, dtype=np.int64)
+            load_LR = summed_slots(iteration.counts.load_LRS)
             if iteration.phase == "decode":
                 self._load_LR = load_LR if self._load_LR is None else self._load_LR + load_LR
                 self._imbalance.append(float((load_LR.max(axis=1) / np.maximum(load_LR.mean(axis=1), 1e-9)).mean()))
@@ -118,7 +119,6 @@ class Tally:
         shares = {
             f"{name}_fraction": float(b / busy) if busy else 0.0 for name, b in zip(SOURCES, self._busy_s, strict=True)
         }
-        w = s.workload
         return Result(
             name=s.name,
             scenario=s.plain,
@@ -132,7 +132,7 @@ class Tally:
             load_LR=() if self._load_LR is None else tuple(tuple(map(int, row)) for row in self._load_LR),
             step_s=tuple(decode),
             records=tuple(self._records),
-            warnings=tuple(s.warnings() + it.replay.repeats(num_requests, w.prompt_tokens, w.output_tokens)),
+            warnings=tuple(s.warnings() + it.repeats()),
         )
 
 
@@ -140,6 +140,7 @@ _COMMUNICATION = (
     "dispatch",
     "combine",
     "allreduce",
+    "kv_exchange",
     "reduce_scatter",
     "all_gather",
     "expert_copies",

@@ -16,6 +16,9 @@ class Workload:
         max_num_batched_tokens: prompt tokens that one data-parallel group takes into one prefill iteration.
         num_speculative_tokens: tokens drafted for each request in a decode iteration, by layers of the model's own.
         acceptance_rate: chance that a draft is right, given that those before it were.
+        routing_pool_tokens: decoding replays at most so many tokens of the trace, staggered, see
+            `moesim.routing.staggered`: requests that share a traced one are at different tokens of its answer, and long
+            runs are counted many times as fast. None replays all, every request from its first token on.
     """
 
     num_requests: int
@@ -24,6 +27,7 @@ class Workload:
     max_num_batched_tokens: int = 8192
     num_speculative_tokens: int = 0
     acceptance_rate: float = 0.0
+    routing_pool_tokens: int | None = None
 
     @property
     def tokens_per_decode(self) -> float:
@@ -44,6 +48,7 @@ class Workload:
                 "output_tokens": 2,
                 "prompt_tokens": 1,
                 "max_num_batched_tokens": 1,
+                "routing_pool_tokens": 1,
             }.items()
             if (value := getattr(self, key)) is not None and value < least
         ]

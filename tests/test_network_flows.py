@@ -8,6 +8,7 @@ import pytest
 from conftest import small_cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from moesim.files.hardware import load_cluster
 from moesim.hardware import Cluster, Link
@@ -44,6 +45,36 @@ def test_every_flow_has_a_full_link_on_which_none_has_more(network):
     for flow in range(routes.num_flows):
         assert any(load_K[k] >= rates_K[k] * (1 - 1e-9) and rate_F[flow] >= most_K[k] * (1 - 1e-9)
                    for k in links_of(routes, flow))  # fmt: skip
+
+
+@given(networks())
+@settings(deadline=None, max_examples=60)
+def test_rates_are_those_of_linear_programmes(network):
+    """The least rate as large as can be, then the least of the others, and so on: by a solver that knows no links.
+
+    Source: the definition by linear programmes in Nace, Pioro, IEEE Communications Surveys 2008, section III.
+    """
+    routes, rates_K, _ = network
+    F = routes.num_flows
+    uses_KF = np.zeros((routes.num_links, F))
+    for flow in range(F):
+        uses_KF[links_of(routes, flow), flow] = 1.0
+    fixed: dict[int, float] = {}
+    while len(fixed) < F:
+        open_ = [f for f in range(F) if f not in fixed]
+        # Variables: all rates, and the least of those that are open, which is made as large as can be.
+        least = np.zeros((len(open_), F + 1))
+        least[np.arange(len(open_)), open_], least[:, F] = -1.0, 1.0
+        rows = np.vstack([np.hstack([uses_KF, np.zeros((len(uses_KF), 1))]), least])
+        limits = np.concatenate([rates_K, np.zeros(len(open_))])
+        bounds = [(fixed.get(f, 0.0), fixed.get(f)) for f in range(F)] + [(0.0, None)]
+        top = -linprog([0.0] * F + [-1.0], rows, limits, bounds=bounds).fun
+        for flow in open_:  # those that cannot have more without another open one having less than that
+            mine = [(fixed.get(f, top if f in open_ else 0.0) * (1 - 1e-9), fixed.get(f)) for f in range(F)]
+            most = -linprog(-np.eye(F)[flow], uses_KF, rates_K * (1 + 1e-9), bounds=mine).fun
+            if most <= top * (1 + 1e-6):
+                fixed[flow] = top
+    assert fair_rates(routes, rates_K) == pytest.approx([fixed[f] for f in range(F)], rel=1e-5)
 
 
 @given(networks(), st.floats(0.1, 10.0))

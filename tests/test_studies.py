@@ -101,6 +101,15 @@ def test_claims_have_words_of_their_own(monkeypatch):
         run_study(made_up(monkeypatch))
 
 
+def test_a_study_that_breaks_is_no_wrong_input(monkeypatch):
+    def claims():
+        raise ValueError("a rank too many")
+
+    monkeypatch.setitem(sys.modules, "moesim.studies.made_up", SimpleNamespace(claims=claims))
+    with pytest.raises(RuntimeError, match="study 'made_up' broke: a rank too many"):
+        run_study(Study("made_up", *["words"] * 6))
+
+
 def test_the_shape_of_the_answer(monkeypatch):
     claims = claim(), Claim("other", "", "> 1", 0.5), Claim("third", "", None, 3.0, "s", fitted="")
     shape = json.loads(json.dumps(studies_json([run_study(made_up(monkeypatch, *claims))])))
@@ -133,7 +142,7 @@ def test_a_changed_verdict_ends_with_1(monkeypatch):
         monkeypatch.setattr(study, "claims", lambda changed=changed: [changed])
         found = CliRunner().invoke(cli, ["study", "run", "hetumoe"])
         assert found.exit_code == 1
-        assert "committed" in found.stdout and "1 verdicts are not the committed ones" in found.stderr
+        assert "committed" in found.stdout and "verdicts that are not the committed ones: 1" in found.stderr
 
 
 @pytest.mark.parametrize("asked", [["hetumo"], [], ["hetumoe", "--all"]])
@@ -154,4 +163,5 @@ def test_wrong_names_end_with_2(monkeypatch, capsys, asked):
 )
 def test_verdicts_are_the_committed_ones(study):
     judged = run_study(study)
+    assert any(c.is_testable for c in judged.claims)
     assert [(c.says, c.verdict, c.ours) for c in judged.claims if c.has_changed] == []

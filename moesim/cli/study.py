@@ -56,7 +56,7 @@ def run_command(names: tuple[str, ...], all_studies: bool, as_json: bool) -> Non
     else:
         _print(judged, shape["totals"])
     if shape["totals"]["changed"]:
-        click.echo(f"{shape['totals']['changed']} verdicts are not the committed ones", err=True)
+        click.echo(f"verdicts that are not the committed ones: {shape['totals']['changed']}", err=True)
         sys.exit(1)
 
 
@@ -84,15 +84,18 @@ def _table(claims: Sequence[Claim]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("claim", ratio=6, overflow="fold")
-    table.add_column("where", ratio=3, overflow="fold")
+    from moesim.report.tables import NONE
+    from moesim.study import NOT_AT_HAND
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
+    table.add_column("claim", ratio=2, overflow="fold")
+    table.add_column("where", ratio=1, overflow="fold")
     for head in ("paper", "ours", "within"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for claim in claims:
         says = Text(claim.says)
-        if claim.reason:
+        if claim.reason and claim.reason != NOT_AT_HAND:
             says.append(f"\n{claim.reason}", style="yellow" if claim.verdict == "differs" else "dim")
         verdict = Text(claim.verdict, style=STYLES[claim.verdict])
         if claim.has_changed:
@@ -100,6 +103,9 @@ def _table(claims: Sequence[Claim]) -> Table:
         share = f"{claim.tolerance:.0%}" if claim.tolerance >= EXACT else "exactly"
         within = share if claim.tolerance and claim.is_testable else ""
         table.add_row(says, Text(claim.where), *written(claim), within, verdict)
+    if any(claim.reason == NOT_AT_HAND for claim in claims):
+        table.caption = f"{NONE} {NOT_AT_HAND}: a prediction"
+        table.caption_justify = "left"
     return table
 
 

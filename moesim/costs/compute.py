@@ -7,6 +7,7 @@ Every function takes arrays and returns seconds as arrays. `bound` chooses the e
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from moesim.hardware import SOURCES, Device, Efficiency
@@ -84,6 +85,20 @@ def gemm_s(
     return np.maximum(compute, memory)
 
 
+@njit(cache=True)
+def _grouped_s(load_NS, params_NS, weight_bytes, row_bytes, flops_per_s, bytes_per_s, seconds_N):  # type: ignore[no-untyped-def]
+    num_ranks, num_slots = load_NS.shape
+    for n in range(num_ranks):
+        total = 0.0
+        for s in range(num_slots):
+            load, params = np.float64(load_NS[n, s]), params_NS[n, s]
+            if load > 0 and params > 0:
+                compute = 2.0 * params * load / flops_per_s
+                memory = (params * weight_bytes + row_bytes * load) / bytes_per_s
+                total += max(compute, memory)
+        seconds_N[n] = total
+
+
 def experts_s(
     load_LRS: NDArray[np.int32],
     params_LRS: Floats | float,
@@ -104,11 +119,19 @@ def experts_s(
     Source: the weight traffic of cold experts sets the time in decode (MegaBlocks, arXiv 2211.15841, section 5).
     Holds for: one kernel over all experts of a rank; tile padding is in the efficiency.
     """
-    params = np.asarray(params_LRS, np.float64)
-    load = load_LRS * (params > 0)
-    num_bytes = params * (BYTES_PER_PARAM[weight_dtype] * (load > 0)) + 4.0 * hidden_size * load
-    seconds = gemm_s(2.0 * params * load, num_bytes, device, weight_dtype, "grouped_gemm", bound)
-    return np.asarray(seconds.sum(axis=-1))
+    num_slots = load_LRS.shape[-1]
+    params_LRS = np.broadcast_to(np.asarray(params_LRS, np.float64), load_LRS.shape)
+    seconds_LR = np.empty(load_LRS.shape[:-1])
+    _grouped_s(
+        np.ascontiguousarray(load_LRS).reshape(-1, num_slots),
+        np.ascontiguousarray(params_LRS).reshape(-1, num_slots),
+        float(BYTES_PER_PARAM[weight_dtype]),
+        4.0 * hidden_size,
+        arithmetic_flops_per_s(device, weight_dtype) * efficiency(device, "grouped_gemm", bound),
+        device.memory.bytes_per_s * efficiency(device, "memory", bound),
+        seconds_LR.reshape(-1),
+    )
+    return seconds_LR
 
 
 def attention_core_s(score_flops: Floats, num_bytes: Floats, device: Device, bound: str = "value") -> Floats:

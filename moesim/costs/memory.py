@@ -37,7 +37,7 @@ def device_bytes(
             kept = tokens_per_request if layer.mixer.window is None else min(tokens_per_request, layer.mixer.window)
             cut = min(tp, layer.mixer.num_kv_heads) if isinstance(layer.mixer, Attention) else 1
             values = kept * layer.mixer.kv_values_per_token() / cut + layer.mixer.state_values(h) / tp
-            kv += requests_per_group * values * size[model.dtypes.kv]
+            kv += requests_per_group * values * size[model.dtypes.kv] / layout.attention.cp
         if isinstance(layer.ffn, Dense):
             other += layer.ffn.num_params(h) * size[model.dtypes.dense] / tp
             widest = max(widest, layer.ffn.width // tp)
@@ -51,5 +51,5 @@ def device_bytes(
             )
             experts += math.ceil(slots * device_expert_fraction) * largest / layout.experts.etp
             widest = max(widest, layer.ffn.top_k * max(layer.ffn.expert_widths) // layout.experts.etp)
-    activations = batched_tokens * (4 * h + 2 * widest) * size[model.dtypes.activation]
+    activations = batched_tokens / layout.attention.cp * (4 * h + 2 * widest) * size[model.dtypes.activation]
     return {"experts": experts, "other_weights": other, "kv_cache": kv, "activations": activations}

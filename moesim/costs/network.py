@@ -48,14 +48,14 @@ def all_to_all_s(
     return np.asarray(np.maximum(near, far))
 
 
-def half_all_reduce_s(num_bytes: Floats, size: int, cluster: Cluster, bound: str = "value") -> Floats:
-    """Reduce-scatter or all-gather of `num_bytes` (the whole buffer) among `size` neighbouring ranks.
+def half_all_reduce_s(num_bytes: Floats, size: int, cluster: Cluster, bound: str = "value", stride: int = 1) -> Floats:
+    """Reduce-scatter or all-gather of `num_bytes` (the whole buffer) among `size` ranks, neighbours or `stride` apart.
 
     seconds = (size - 1) / size x num_bytes / bandwidth; an all-reduce is both, one after the other.
 
     Source: Thakur, Rabenseifner, Gropp, IJHPCA 2005, with direct (all-to-all) exchange inside a node.
     """
-    rate = _level(size, cluster).bytes_per_s * efficiency(cluster.device, "network", bound)
+    rate = _level(size * stride, cluster).bytes_per_s * efficiency(cluster.device, "network", bound)
     return np.asarray((size - 1) / size * num_bytes / rate)
 
 

@@ -15,6 +15,7 @@ from moesim.costs.measured_experts import experts_seconds
 from moesim.hardware import SOURCES, Cluster, Device
 from moesim.mixers import Attention, LatentAttention, Mixer
 from moesim.model import BYTES_PER_PARAM, Experts
+from moesim.routing.counting import summed_slots
 
 Floats = NDArray[np.float64]
 FITTED = SOURCES.index("fitted")
@@ -31,19 +32,20 @@ class Timed:
     def of(cls, seconds: Floats | float, source: int) -> Timed:
         """Seconds that rest on one of `SOURCES` alone."""
         rests_X = np.zeros(len(SOURCES))
-        rests_X[source] = np.mean(seconds)
-        return cls(np.asarray(seconds, np.float64), rests_X)
+        array = np.asarray(seconds, np.float64)
+        rests_X[source] = array.sum() / max(array.size, 1)
+        return cls(array, rests_X)
 
     def __add__(self, other: Timed) -> Timed:
         return Timed(self.seconds + other.seconds, self.rests_X + other.rests_X)
 
     def repeated(self, times: int) -> Timed:
         """Each entry along the last axis several times in a row."""
-        return Timed(np.repeat(self.seconds, times, axis=-1), self.rests_X)
+        return self if times == 1 else Timed(np.repeat(self.seconds, times, axis=-1), self.rests_X)
 
-    def taken(self, index: Sequence[int]) -> Timed:
+    def taken(self, index: Sequence[int] | slice) -> Timed:
         """Entries along the first axis."""
-        return Timed(self.seconds[list(index)], self.rests_X)
+        return Timed(self.seconds[index if isinstance(index, slice) else list(index)], self.rests_X)
 
     def scaled(self, factor: float) -> Timed:
         """Times a fitted factor: what rested on measurements alone is fitted now."""
@@ -119,7 +121,7 @@ class Operators:
             return self._calibrated(self._measured(found, load_LRS.sum(axis=-1) > 0), "experts_factor")
         seconds = compute.experts_s(load_LRS, params_LRS, hidden_size, self.device, weight_dtype, self.bound)
         grouped = self._calibrated(self._roofline(seconds, "grouped_gemm"), "experts_factor")
-        return grouped + self.launches(2.0 * (load_LRS.sum(axis=-1) > 0))
+        return grouped + self.launches(2.0 * (summed_slots(load_LRS) > 0))
 
     def attention_core(
         self, mixer: Mixer, phase: str, requests: Floats, tokens: Floats, flops: Floats, num_bytes: Floats, tp: int,
@@ -134,7 +136,7 @@ class Operators:
             requests: in each batch.
             tokens: of each batch that are in its prompts (prefill) or caches (decode), within the window.
         """
-        where = attention_coordinates(mixer, phase, requests, tokens, tp)
+        where = attention_coordinates(mixer, phase, requests, tokens, tp) if self.tables.tables else None
         if where is not None:
             op, coordinates = where
             dtype = kv_dtype if phase == "decode" else "bf16"

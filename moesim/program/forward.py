@@ -10,6 +10,7 @@ on their way, the other one computes. Layers that draft further tokens stand beh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from moesim.layout import Layout
 from moesim.mixers import Attention, LatentAttention, Mamba, Mixer
 from moesim.model import BYTES_PER_PARAM, Dense, Experts, Layer, ModelSpec
 from moesim.program.exchange import Exchange
+from moesim.program.lowering import Lowering
 from moesim.program.operation import Costs, Draft, Fragment, Operation, Program
 from moesim.routing.counting import Counts
 
@@ -43,6 +45,7 @@ class Batch:
         rows_B: row of the trace for each token.
         group_B: data-parallel group of each token.
         queries: in decode, tokens of each request that are computed at once: one, and those drafted.
+        request_B: in decode, the request of each token; step: how many tokens it has decoded before.
     """
 
     phase: str
@@ -51,6 +54,8 @@ class Batch:
     rows_B: NDArray[np.int64]
     group_B: NDArray[np.int64]
     queries: int = 1
+    request_B: NDArray[np.int64] | None = None
+    step: int = 0
 
     def halves(self, num_groups: int) -> tuple[Batch, Batch]:
         """The first half of the requests of each group, and the other one; in prefill, of about as many tokens."""
@@ -66,18 +71,25 @@ class Batch:
 
     def _part(self, in_Q: NDArray[np.bool_], in_B: NDArray[np.bool_]) -> Batch:
         return Batch(
-            self.phase, self.lengths_Q[in_Q], self.group_Q[in_Q], self.rows_B[in_B], self.group_B[in_B], self.queries
-        )
+            self.phase, self.lengths_Q[in_Q], self.group_Q[in_Q], self.rows_B[in_B], self.group_B[in_B], self.queries,
+            None if self.request_B is None else self.request_B[in_B], self.step,
+        )  # fmt: skip
+
+    def tokens_D(self, num_groups: int) -> Floats:
+        """Tokens of each group."""
+        return np.bincount(self.group_B, minlength=num_groups).astype(np.float64)
+
+    def requests_D(self, num_groups: int) -> Floats:
+        """Requests of each group."""
+        return np.bincount(self.group_Q, minlength=num_groups).astype(np.float64)
 
     def pairs_D(self, num_groups: int, window: int | None) -> Floats:
         """Query-key pairs of one layer in each group: causal in prefill, the whole context in decode."""
-        n = self.lengths_Q.astype(np.float64)
         if self.phase == "decode":
-            pairs = self.queries * (n if window is None else np.minimum(n, window))
-        else:
-            w = n if window is None else np.minimum(n, window)
-            pairs = n * w - w * (w - 1) / 2
-        return np.bincount(self.group_Q, pairs, num_groups).astype(np.float64)
+            return self.queries * self.kept_D(num_groups, window)
+        n = self.lengths_Q.astype(np.float64)
+        w = n if window is None else np.minimum(n, window)
+        return np.bincount(self.group_Q, n * w - w * (w - 1) / 2, num_groups).astype(np.float64)
 
     def kept_D(self, num_groups: int, window: int | None) -> Floats:
         """Cached tokens that the requests of each group read."""
@@ -90,70 +102,22 @@ def drafting_layer(model: ModelSpec) -> Layer:
     return (*model.mtp_layers, model.layers[-1])[0]
 
 
-@dataclass
-class _Lowering:
-    """Layers as operations, for each of the batches that overlap.
+def _evenly(rows: list[int]) -> slice | NDArray[np.int64]:
+    """Row numbers as a slice where their steps are even, which is written several times as fast."""
+    steps = set(np.diff(rows).tolist())
+    return slice(rows[0], rows[-1] + 1, *steps) if len(steps) == 1 else np.array(rows)
 
-    rows: (name, batch) -> ids of its operations, one a layer; last: what the next operation of each batch waits for.
+
+@dataclass(frozen=True, eq=False)
+class _Standing:
+    """What iterations share that have as many tokens and requests in each group.
+
+    costs: of all operations but attention and what follows the routing, which are 0.
+    projections: of attention, with its launches, for each batch and mixer.
     """
 
-    draft: Draft
-    rows: dict[tuple[str, int], list[int]]
-    num_batches: int
-    is_cut: bool  # by tensor parallelism
-    is_spread: bool
-
-    def __post_init__(self) -> None:
-        self.after: list[tuple[int, ...]] = [()] * self.num_batches
-
-    @property
-    def last(self) -> tuple[int, ...]:
-        return tuple(op for after in self.after for op in after)
-
-    def add(self, place: int, name: str, layer: int, resource: str, group: str = "rank") -> int:
-        op = self.draft.add(name, layer, resource, group, self.after[place])
-        self.rows.setdefault((name, place), []).append(op)
-        self.after[place] = (op,)
-        return op
-
-    def add_all(self, name: str, layer: int, resource: str, group: str = "rank") -> None:
-        for place in range(self.num_batches):
-            self.add(place, name, layer, resource, group)
-
-    def attention(self, layer: int, cut: bool) -> None:
-        """Attention; with tensor parallelism an all-reduce, or the first half of one."""
-        for place in range(self.num_batches):
-            self.add(place, "attention", layer, "compute")
-            if self.is_cut:
-                self.add(place, "reduce_scatter" if cut else "allreduce", layer, "network", "tp")
-
-    def dense(self, layer: int) -> None:
-        for place in range(self.num_batches):
-            self.add(place, "dense", layer, "compute")
-            if self.is_cut:
-                self.add(place, "allreduce", layer, "network", "tp")
-
-    def experts(self, layer: int, has_shared: bool, expand: Callable[[int, int], Fragment] | None) -> None:
-        """Router and dispatch of each batch, then its experts, then its way back."""
-        routers = []
-        for place in range(self.num_batches):
-            routers.append(self.add(place, "router", layer, "compute"))
-            if self.is_spread:
-                self.add(place, "dispatch", layer, "network", "ep")
-        for place in range(self.num_batches):
-            arrived = self.after[place]
-            if has_shared:
-                self.after[place] = (routers[place],)
-                shared = self.add(place, "shared_experts", layer, "compute")
-                self.after[place] = (*arrived, shared)
-            if expand is not None:
-                self.after[place] = (self.draft.choose("fetch", layer, 0, expand, self.after[place]),)
-            else:
-                self.add(place, "experts", layer, "compute")
-            if self.is_spread:
-                self.add(place, "combine", layer, "network", "ep")
-            if self.is_cut:
-                self.add(place, "all_gather" if self.is_spread else "allreduce", layer, "network", "tp")
+    costs: Costs
+    projections: list[dict[Mixer, Timed]]
 
 
 class Forward:
@@ -189,19 +153,20 @@ class Forward:
         self._slot_params_LRS = slot_params_LRS
         self._operators = operators or partial(Operators, cluster.device)
         self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
-        self._rows: dict[tuple[str, int], list[int]] = {}
+        self._cp = layout.attention.cp
         self.program = self._lower(expand)
+        self._standing: dict[tuple[object, ...], _Standing] = {}
 
     def _lower(self, expand: Expand | None) -> Program:
         ranks = np.arange(self.layout.num_ranks, dtype=np.int32)
         groups = {"tp": ranks // self._tp, "ep": ranks // (self.layout.experts.ep * self.layout.experts.etp)}
+        if self._cp > 1:
+            groups["cp"] = ranks // (self._tp * self._cp) * self._tp + ranks % self._tp
         draft = Draft(len(ranks), groups)
-        lowering = _Lowering(draft, self._rows, self._num_batches, self._tp > 1, self._spread)
-        moe_layer = 0
+        lowering, moe_layer = Lowering(draft, self._num_batches, self._tp > 1, self._spread, self._cp > 1), 0
         for i, layer in enumerate(self._layers):
-            routed = isinstance(layer.ffn, Experts)
             if layer.mixer:
-                lowering.attention(i, cut=routed and self._spread)
+                lowering.attention(i, halved=isinstance(layer.ffn, Experts) and self._spread)
             if isinstance(layer.ffn, Dense):
                 lowering.dense(i)
             elif isinstance(layer.ffn, Experts):
@@ -210,27 +175,39 @@ class Forward:
                 lowering.experts(i, beside, partial(expand, moe_layer) if expand else None)
                 moe_layer += 1
             if i >= len(self.model.layers) - 1:
-                lowering.add_all("head", -1 if i < len(self.model.layers) else i, "compute")
+                lowering.head(-1 if i < len(self.model.layers) else i)
+        last = lowering.write()
         if self._operators("value").calibration:
-            draft.add("host", -1, "host", after=lowering.last)
-            self._rows["host", 0] = [len(draft.operations) - 1]
+            lowering.rows["host", 0] = [draft.add("host", -1, "host", after=last)]
+        mixers = [layer.mixer for layer in self._layers if layer.mixer]
+        self._mixers = tuple(dict.fromkeys(mixers))
+        rows: dict[tuple[str | Mixer, int], list[int]] = {**lowering.rows}
+        for mixer, place in itertools.product(self._mixers, range(self._num_batches)):
+            attention = zip(mixers, lowering.rows["attention", place], strict=True)
+            rows[mixer, place] = [op for other, op in attention if other == mixer]
+        self._rows = {key: _evenly(ops) for key, ops in rows.items()}
         return draft.program()
 
-    def price(self, parts: Sequence[tuple[Batch, Counts | None]], bound: str = "value") -> Costs:
+    def price(
+        self,
+        parts: Sequence[tuple[Batch, Counts | None]],
+        bound: str = "value",
+        operators: Callable[[str], Operators] | None = None,
+    ) -> Costs:
         """Seconds and bytes of every operation.
 
         Args:
             parts: each of the batches that overlap (one, or two), with the counts of its tokens over the expert ranks
                 (over data-parallel groups where ep = 1); None where experts are priced as the step runs.
             bound: which end of the believed efficiencies to use.
+            operators: instead of those given at the start.
         """
-        num_ops, num_ranks = len(self.program.operations), self.program.num_ranks
-        costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
-        ops = self._operators(bound)
+        ops = (operators or self._operators)(bound)
+        standing = self._stand([batch for batch, _ in parts], ops, is_kept=operators is None)
+        costs = standing.costs.copy()
         for place, (batch, counts) in enumerate(parts):
-            self._price_batch(place, batch, counts, costs, ops)
-        self._put(costs, "host", 0, ops.host_overhead())
-        slowed_R = np.ones(num_ranks) if self._slowdown_R is None else self._slowdown_R
+            self._price_batch(place, batch, counts, costs, ops, standing)
+        slowed_R = np.ones(self.program.num_ranks) if self._slowdown_R is None else self._slowdown_R
         if self._num_batches > 1:  # cores that communicate do not compute
             slowed_R = slowed_R / (1 - self._exchange.sm_fraction)
         if (slowed_R != 1).any():
@@ -242,39 +219,98 @@ class Forward:
         found = enumerate(self.program.operations)
         return [n for n, op in found if isinstance(op, Operation) and op.resource == "compute"]
 
-    def _put(self, costs: Costs, name: str, place: int, timed: Timed, num_bytes: Floats | float = 0.0) -> None:
-        """Write one part of one batch's step, broadcast over its layers and ranks."""
-        if rows := self._rows.get((name, place)):
+    def _put(self, costs: Costs, part: str | Mixer, place: int, timed: Timed, num_bytes: Floats | None = None) -> None:
+        """Write one part of one batch's step (or its attention of one kind), broadcast over its layers and ranks."""
+        if (rows := self._rows.get((part, place))) is not None:
             costs.seconds_NR[rows] = timed.seconds
-            costs.bytes_NR[rows] = num_bytes
             costs.shares_NX[rows] = timed.shares_X
+            if num_bytes is not None:
+                costs.bytes_NR[rows] = num_bytes
 
-    def _price_batch(self, place: int, batch: Batch, counts: Counts | None, costs: Costs, ops: Operators) -> None:
-        tokens_D = np.bincount(batch.group_B, minlength=self._dp).astype(np.float64)
+    def _stand(self, batches: Sequence[Batch], ops: Operators, is_kept: bool) -> _Standing:
+        """Prices for as many tokens and requests in each group; those of decoding stay, as its iterations are alike."""
+        shapes = [(batch.tokens_D(self._dp), batch.requests_D(self._dp)) for batch in batches]
+        key = (ops.bound, *(array.tobytes() for shape in shapes for array in shape), *(b.queries for b in batches))
+        if is_kept and (found := self._standing.get(key)) is not None:
+            return found
+        num_ops, num_ranks = len(self.program.operations), self.program.num_ranks
+        costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
+        projections = [
+            self._price_tokens(place, batch, self._dealt(shapes[place][0]), costs, ops)
+            for place, batch in enumerate(batches)
+        ]
+        self._put(costs, "host", 0, ops.host_overhead())
+        found = _Standing(costs, projections)
+        if is_kept and batches[0].phase == "decode":
+            self._standing = {key: found}
+        return found
+
+    def _price_tokens(
+        self, place: int, batch: Batch, tokens_D: Floats, costs: Costs, ops: Operators
+    ) -> dict[Mixer, Timed]:
+        """All that neither contexts nor routing change; the projections of attention are returned."""
         h, dtypes, tp = self.model.hidden_size, self.model.dtypes, self._tp
-
-        def put(name: str, timed: Timed, num_bytes: Floats | float = 0.0) -> None:
-            self._put(costs, name, place, timed, num_bytes)
-
-        per_mixer: dict[Mixer, Timed] = {}
-        attention: list[Timed] = []
-        dense: list[Timed] = []
-        for layer in self._layers:
-            if layer.mixer:
-                if layer.mixer not in per_mixer:
-                    launches = ops.launches(7.0 if isinstance(layer.mixer, LatentAttention) else 4.0)
-                    per_mixer[layer.mixer] = self._attention_D(ops, layer.mixer, batch, tokens_D) + launches
-                attention.append(per_mixer[layer.mixer])
-            if isinstance(layer.ffn, Dense):
-                dense.append(self._matmuls(ops, layer.ffn.matmuls(h, tp), tokens_D, dtypes.dense) + ops.launches(3.0))
-        for name, layers in (("attention", attention), ("dense", dense)):
-            if layers:
-                put(name, stacked(layers).repeated(tp))
-        put("head", stacked([self._head_R(ops, batch), *[self._draft_head_R(ops, batch, tokens_D)] * self._num_drafts]))
+        put = partial(self._put, costs, place=place)
+        dense = [
+            self._matmuls(ops, layer.ffn.matmuls(h, tp), tokens_D, dtypes.dense) + ops.launches(3.0)
+            for layer in self._layers
+            if isinstance(layer.ffn, Dense)
+        ]
+        if dense:
+            put("dense", timed=stacked(dense).repeated(tp))
+        heads = [self._head_R(ops, batch), *[self._draft_head_R(ops, batch, tokens_D)] * self._num_drafts]
+        put("head", timed=stacked(heads))
         if tp > 1:
             self._price_tp(put, ops, tokens_D)
         if self.model.moe_layers:
-            self._price_experts(put, ops, counts, tokens_D)
+            ffn, own_R = self.model.experts, np.repeat(tokens_D, tp) / (tp if self._spread else 1)
+            router = self._matmuls(ops, ((ffn.num_experts, h),), own_R, dtypes.dense)
+            put("router", timed=router + ops.launches(2.0))
+            shared = self._matmuls(ops, ffn.shared_matmuls(h, 1 if self._spread else tp), own_R, dtypes.dense)
+            put("shared_experts", timed=shared + ops.launches(3.0))
+        return {
+            mixer: self._matmuls(ops, mixer.matmuls(h, tp), tokens_D, dtypes.attention)
+            + ops.launches(7.0 if isinstance(mixer, LatentAttention) else 4.0)
+            for mixer in self._mixers
+        }
+
+    def _price_batch(
+        self, place: int, batch: Batch, counts: Counts | None, costs: Costs, ops: Operators, standing: _Standing
+    ) -> None:
+        """What contexts and routing change: attention and experts."""
+        put = partial(self._put, costs, place=place)
+        for mixer in self._mixers:
+            core = self._attention_core_D(ops, mixer, batch).repeated(self._cp)
+            put(mixer, timed=(standing.projections[place][mixer] + core).repeated(self._tp))
+        if self._cp > 1:
+            exchanged = {mixer: self._exchanged_D(mixer, batch) for mixer in self._mixers}
+            bytes_LR = np.repeat([exchanged[x.mixer] for x in self._layers if x.mixer], self._cp * self._tp, axis=-1)
+            moving_s = network.half_all_reduce_s(bytes_LR, self._cp, self.cluster, ops.bound, stride=self._tp)
+            start = ops.collective_start(self._cp * self._tp, self.cluster)
+            put("kv_exchange", timed=ops.collective(moving_s) + start, num_bytes=bytes_LR * (1 - 1 / self._cp))
+        if self.model.moe_layers and counts is not None:
+            self._price_experts(put, ops, counts)
+
+    def _dealt(self, amount_D: Floats) -> Floats:
+        """What each of the context-parallel ranks of a group has of the group's tokens or requests."""
+        return np.repeat(amount_D, self._cp) / self._cp
+
+    def _exchanged_D(self, mixer: Mixer, batch: Batch) -> Floats:
+        """Bytes among the context-parallel ranks of a group, one layer and slice.
+
+        In prefill all get all keys and values (Llama 3, arXiv 2407.21783, 3.3.2); in decode all get all queries, and
+        each the outputs of its own requests from all (Helix, arXiv 2507.07120).
+        """
+        if batch.phase == "prefill":
+            heads = min(self._tp, mixer.num_kv_heads) if isinstance(mixer, Attention) else 1
+            kv_bytes = BYTES_PER_PARAM[self.model.dtypes.kv]
+            return batch.kept_D(self._dp, mixer.window) * mixer.kv_values_per_token() / heads * kv_bytes
+        if isinstance(mixer, LatentAttention):
+            width = 2 * mixer.kv_lora_rank + mixer.qk_rope_head_dim
+        else:
+            assert isinstance(mixer, Attention)
+            width = 2 * mixer.head_dim
+        return batch.tokens_D(self._dp) * mixer.num_heads * width / self._tp * self._activation_bytes
 
     @property
     def _activation_bytes(self) -> float:
@@ -285,30 +321,26 @@ class Forward:
         buffer_R = np.repeat(tokens_D, tp) * self.model.hidden_size * self._activation_bytes
         half_s = network.half_all_reduce_s(buffer_R, tp, self.cluster, ops.bound)
         half, moved = ops.collective(half_s) + ops.collective_start(tp, self.cluster), buffer_R * (tp - 1) / tp
-        put("allreduce", ops.collective(2 * half_s) + ops.collective_start(tp, self.cluster, 2), 2 * moved)
-        put("reduce_scatter", half, moved)
-        put("all_gather", half, moved)
+        both = ops.collective(2 * half_s) + ops.collective_start(tp, self.cluster, 2)
+        put("allreduce", timed=both, num_bytes=2 * moved)
+        put("reduce_scatter", timed=half, num_bytes=moved)
+        put("all_gather", timed=half, num_bytes=moved)
 
-    def _price_experts(self, put: Callable[..., None], ops: Operators, counts: Counts | None, tokens_D: Floats) -> None:
+    def _price_experts(self, put: Callable[..., None], ops: Operators, counts: Counts) -> None:
         ffn, h, dtypes = self.model.experts, self.model.hidden_size, self.model.dtypes
-        own_R = np.repeat(tokens_D, self._tp) / (self._tp if self._spread else 1)
-        put("router", self._matmuls(ops, ((ffn.num_experts, h),), own_R, dtypes.dense) + ops.launches(2.0))
-        shared = ffn.shared_matmuls(h, 1 if self._spread else self._tp)
-        put("shared_experts", self._matmuls(ops, shared, own_R, dtypes.dense) + ops.launches(3.0))
-        if counts is None:
-            return
-        layer_L = [*range(len(counts.load_LRS)), *[-1] * self._num_drafts]  # drafts route as the last layer
+        layer_L: Sequence[int] | slice = slice(None)
+        if self._num_drafts:  # they route as the last layer
+            layer_L = [*range(len(counts.load_LRS)), *[-1] * self._num_drafts]
         experts = ops.experts(counts.load_LRS, self._slot_params_LRS, ffn, h, dtypes.experts).taken(layer_L)
-        put("experts", experts if self._spread else experts.repeated(self._tp))
+        put("experts", timed=experts if self._spread else experts.repeated(self._tp))
         if self._spread:
             sizes = {"dispatch": h * self._dispatch_bytes, "combine": h * self._activation_bytes}
             start = ops.collective_start(self.layout.experts.ep, self.cluster)
             for name, token_bytes in sizes.items():
                 seconds_LR = self._exchange.seconds_LR(counts, token_bytes, ops.bound, name == "combine")
-                sent_LR = (
-                    counts.traffic_CLR[:2].sum(axis=0) if name == "dispatch" else counts.traffic_CLR[2:].sum(axis=0)
-                )
-                put(name, (ops.collective(seconds_LR) + start).taken(layer_L), sent_LR[layer_L] * token_bytes)
+                near_LR, far_LR = counts.traffic_CLR[:2] if name == "dispatch" else counts.traffic_CLR[2:]
+                num_bytes = (near_LR + far_LR)[layer_L] * token_bytes
+                put(name, timed=(ops.collective(seconds_LR) + start).taken(layer_L), num_bytes=num_bytes)
 
     @property
     def _dispatch_bytes(self) -> float:
@@ -320,7 +352,7 @@ class Forward:
 
     def _head_R(self, ops: Operators, batch: Batch) -> Timed:
         """Output head over the last token of each request (and those drafted), cut by tp."""
-        requests_D = np.bincount(batch.group_Q, minlength=self._dp).astype(np.float64) * batch.queries
+        requests_D = self._dealt(batch.requests_D(self._dp)) * batch.queries
         shape = (-(-self.model.vocab_size // self._tp), self.model.hidden_size)
         head = self._matmuls(ops, (shape,), requests_D, self.model.dtypes.embedding)
         return (head + ops.launches(2.0)).repeated(self._tp)
@@ -331,12 +363,15 @@ class Forward:
         joined = self._matmuls(ops, ((h // self._tp, 2 * h),), tokens_D, self.model.dtypes.dense) + ops.launches(3.0)
         return joined.repeated(self._tp) + self._head_R(ops, replace(batch, queries=1))
 
-    def _attention_D(self, ops: Operators, mixer: Mixer, batch: Batch, tokens_D: Floats) -> Timed:
-        """Projections plus core of one layer, for each data-parallel group (each of its ranks alike)."""
+    def _attention_core_D(self, ops: Operators, mixer: Mixer, batch: Batch) -> Timed:
+        """Attention of one layer without its projections, for each data-parallel group (each of its ranks alike)."""
         tp, kv_bytes, h = self._tp, BYTES_PER_PARAM[self.model.dtypes.kv], self.model.hidden_size
-        projections = self._matmuls(ops, mixer.matmuls(h, tp), tokens_D, self.model.dtypes.attention)
-        pairs_D, kept_D = batch.pairs_D(self._dp, mixer.window), batch.kept_D(self._dp, mixer.window)
-        requests_D = np.bincount(batch.group_Q, minlength=self._dp).astype(np.float64)
+        kept_D, requests_D = batch.kept_D(self._dp, mixer.window), batch.requests_D(self._dp)
+        if batch.phase == "decode":  # each rank has its share of every cache
+            kept_D = kept_D / self._cp
+            pairs_D = batch.queries * kept_D
+        else:
+            pairs_D = batch.pairs_D(self._dp, mixer.window) / self._cp
         cache_bytes = kept_D * mixer.kv_values_per_token() * kv_bytes
         if isinstance(mixer, Attention):
             flops = 4.0 * mixer.num_heads * mixer.head_dim * pairs_D / tp
@@ -348,9 +383,7 @@ class Forward:
         else:
             inner = mixer.expand * h if isinstance(mixer, Mamba) else mixer.num_heads * mixer.value_head_dim
             depth = mixer.state_size if isinstance(mixer, Mamba) else mixer.key_head_dim
-            flops = 6.0 * inner * depth * tokens_D / tp
+            flops = 6.0 * inner * depth * batch.tokens_D(self._dp) / tp
             cache_bytes = 2.0 * requests_D * mixer.state_values(h) * kv_bytes / tp
         kv_dtype = self.model.dtypes.kv
-        return projections + ops.attention_core(
-            mixer, batch.phase, requests_D, kept_D, flops, cache_bytes, tp, kv_dtype
-        )
+        return ops.attention_core(mixer, batch.phase, requests_D, kept_D, flops, cache_bytes, tp, kv_dtype)

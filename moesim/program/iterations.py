@@ -16,9 +16,16 @@ from moesim.program.exchange import Exchange
 from moesim.program.forward import Batch, Forward
 from moesim.program.offload import ExpertStore
 from moesim.program.operation import Costs, Program
+from moesim.routing.blocks import Blocks, Windows, trimmed
 from moesim.routing.counting import Counter, Counts
+from moesim.routing.pool import RoutingPool
 from moesim.routing.replay import Replay
 from moesim.scenario import Scenario
+
+POOL_BYTES = 2**29
+"""Most memory for a prefix-summed pool; a larger one is counted token by token."""
+POOL_PAYS = 4
+"""Counting a token into a pool takes up to so many times as long as counting it in its iteration."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +55,11 @@ class Iterations:
         workload = scenario.workload
         self.lengths_Q = self.replay.prompt_lengths(workload.num_requests, workload.prompt_tokens)
         self._group_Q = np.arange(workload.num_requests) * layout.attention.dp // workload.num_requests
-        queries = 1 + workload.num_speculative_tokens
-        rows_SQ = self.replay.decode_rows(workload.num_requests, workload.num_decodes * queries)
-        # A request's next tokens, side by side: those that one iteration computes.
-        self._decode_SB = (
-            rows_SQ.reshape(workload.num_decodes, queries, -1).swapaxes(1, 2).reshape(workload.num_decodes, -1)
-        )
+        self._blocks, self._decode_SQ = self._answers()
+        self._request_B = np.repeat(np.arange(workload.num_requests), 1 + workload.num_speculative_tokens)
         self._spread = layout.experts.ep > 1
         self._counter: Counter | None = None
+        self._pool: RoutingPool | None = None
         slot_params_LRS = np.zeros((0, 0, 0))
         self._ids_TLK = scenario.trace.expert_ids_TLK
         if model.moe_layers:
@@ -63,10 +67,14 @@ class Iterations:
             if layout.num_shared_expert_ranks:
                 num_experts += 1
                 self._ids_TLK = with_shared(self._ids_TLK, num_experts - 1)
-            num_ranks = layout.num_ranks if self._spread else layout.attention.dp
+            num_ranks = layout.num_ranks if self._spread else layout.attention.dp * layout.attention.cp
             node_R = (np.arange(num_ranks) // cluster.devices_per_node).astype(np.int32)
             message = ALL_TO_ALLS[scenario.policies.all_to_all].message or "rank"
-            self._counter = Counter(placement, num_experts, num_ranks, node_R, message if self._spread else "rank")
+            message = message if self._spread else "rank"
+            self._counter = Counter(placement, num_experts, num_ranks, node_R, message)
+            if self._blocks is not None:
+                self._whole = self._windows(next(self.decode_batches()))
+                self._pool = self._make_pool(self._blocks, placement, num_experts, num_ranks, node_R, message)
             params_E = np.array(
                 [model.experts.expert_params(model.hidden_size, w) for w in model.experts.expert_widths]
             )
@@ -84,7 +92,7 @@ class Iterations:
             cluster, policies.all_to_all, policies.network == "flows", is_played, scenario.faults.slowed
         )
         num_batches, slowdown_R = 2 if policies.two_batch_overlap else 1, scenario.faults.slowdown_R(cluster.num_ranks)
-        self._forward = Forward(
+        self.forward = Forward(
             model, cluster, layout, slot_params_LRS, expand, self._operators, exchange, num_batches,
             workload.num_speculative_tokens, slowdown_R,
         )  # fmt: skip
@@ -104,6 +112,60 @@ class Iterations:
         last_LP = np.full((len(load_LE), shared), routed.num_experts, np.int32)
         return Placement(np.concatenate([placement.slot_expert_LP, last_LP], axis=1), ep)
 
+    def _answers(self) -> tuple[Blocks | None, np.ndarray]:
+        """Rows of what is decoded: in blocks where traced answers are equally long, else [S, Q]."""
+        w, answers = self.scenario.workload, self.replay.answers
+        num_steps = w.num_decodes * (1 + w.num_speculative_tokens)
+        if w.routing_pool_tokens is not None:
+            per_group = max(1, w.num_requests // self.scenario.layout.attention.dp)
+            answers = trimmed(answers, w.num_requests, num_steps, w.routing_pool_tokens, per_group)
+        if len({len(rows) for rows in answers}) == 1:
+            return Blocks(np.stack(answers, axis=1)), np.zeros((0, w.num_requests), np.int64)
+        return None, self.replay.decode_rows(w.num_requests, num_steps)
+
+    def _make_pool(
+        self, blocks: Blocks, placement: Placement, num_experts: int, num_ranks: int, node_R: np.ndarray, message: str
+    ) -> RoutingPool | None:  # fmt: skip
+        """What counts decoding by windows of blocks, where it can, fits and pays; the counts are the same."""
+        s = self.scenario
+        whole = next(self.decode_batches())
+        batches = [whole, *(whole.halves(s.layout.attention.dp) if s.policies.two_batch_overlap else ())]
+        places_U = np.unique(np.concatenate([blocks.edges(self._windows(batch)) for batch in batches]))
+        rows_T, top_k = blocks.rows_PM.ravel(), self._ids_TLK.shape[2]
+        is_cut = self._ranks_per_group() > 1  # tokens of a rank do not stand side by side
+        pays = POOL_PAYS * len(rows_T) <= len(whole.rows_B) * s.workload.num_decodes
+        fits = RoutingPool.bytes_of(len(places_U), *placement.slot_expert_LP.shape, placement.ep) <= POOL_BYTES
+        can = not is_cut and message != "node" and s.policies.network != "flows"
+        if not (can and pays and fits and blocks.num_traced <= RoutingPool.most_tokens(message, top_k)):
+            return None
+        choice_T = np.arange(len(rows_T)) % blocks.num_traced
+        return RoutingPool(
+            self._ids_TLK, rows_T, choice_T, placement, num_experts, num_ranks, node_R, message, places_U
+        )
+
+    def _windows(self, batch: Batch) -> Windows:
+        assert self._blocks is not None and batch.request_B is not None
+        return Windows.of(batch.request_B[:: batch.queries], batch.group_Q, self._blocks.num_traced)
+
+    def _count_windows(self, pool: RoutingPool, blocks: Blocks, batch: Batch) -> Counts:
+        windows, queries = self._whole if batch.request_B is self._request_B else self._windows(batch), batch.queries
+        first_W = np.concatenate([blocks.places(windows, batch.step + query) for query in range(queries)])
+        return pool.count(np.tile(windows.group_W, queries), first_W, np.tile(windows.requests_W, queries))
+
+    def _ranks_per_group(self) -> int:
+        """Expert ranks among which the tokens of a data-parallel group are dealt out."""
+        attention = self.scenario.layout.attention
+        return attention.cp * (attention.tp if self._spread else 1)
+
+    def repeats(self) -> list[str]:
+        """What the trace was too short for, and what stood for it, one sentence each."""
+        w = self.scenario.workload
+        found = self.replay.repeats(w.num_requests, w.prompt_tokens, w.output_tokens)
+        if w.routing_pool_tokens is not None and self._blocks is not None:
+            length, num_traced = self._blocks.rows_PM.shape
+            found.append(f"decoding replays {length} tokens of the answers of {num_traced} requests of the trace")
+        return found
+
     def _operators(self, bound: str) -> Operators:
         s = self.scenario
         return Operators(s.cluster.device, bound, s.tables, s.calibration)
@@ -120,14 +182,14 @@ class Iterations:
     def _future_SLE(self) -> np.ndarray:
         """Which experts each iteration will use, for oracles only: bool [S, L, E]."""
         ids_TLK, num_experts = self.scenario.trace.expert_ids_TLK, self.scenario.trace.num_experts
-        batches = [*self._prefill_batches(), *self._decode_batches()]
+        batches = [*self.prefill_batches(), *self.decode_batches()]
         used_SLE = np.zeros((len(batches), ids_TLK.shape[1], num_experts), np.bool_)
         for s, batch in enumerate(batches):
             ids_BLK = ids_TLK[batch.rows_B]
             used_SLE[s, np.arange(ids_TLK.shape[1])[None, :, None], ids_BLK] = True
         return used_SLE
 
-    def _prefill_batches(self) -> Iterator[Batch]:
+    def prefill_batches(self) -> Iterator[Batch]:
         """Waves of whole prompts; in each wave a group takes prompts up to `max_num_batched_tokens` (at least one)."""
         waiting = [list(np.flatnonzero(self._group_Q == g)) for g in range(self.scenario.layout.attention.dp)]
         limit = self.scenario.workload.max_num_batched_tokens
@@ -142,17 +204,25 @@ class Iterations:
             lengths, groups = self.lengths_Q[chosen], self._group_Q[chosen]
             yield Batch("prefill", lengths, groups, np.concatenate(rows), np.repeat(groups, lengths))
 
-    def _decode_batches(self) -> Iterator[Batch]:
+    def decode_batches(self) -> Iterator[Batch]:
+        """One batch for each decode iteration."""
         queries, gained = 1 + self.scenario.workload.num_speculative_tokens, self.scenario.workload.tokens_per_decode
         group_B = np.repeat(self._group_Q, queries)
-        for step, rows_B in enumerate(self._decode_SB):
-            context_Q = self.lengths_Q + int(step * gained) + 1
-            yield Batch("decode", context_Q, self._group_Q, rows_B, group_B, queries)
+        for decode in range(self.scenario.workload.num_decodes):
+            context_Q, step = self.lengths_Q + int(decode * gained) + 1, decode * queries
+            rows = [self._decoded_rows(step + query) for query in range(queries)]
+            rows_B = rows[0] if queries == 1 else np.stack(rows, axis=1).ravel()  # those of a request side by side
+            yield Batch("decode", context_Q, self._group_Q, rows_B, group_B, queries, self._request_B, step)
+
+    def _decoded_rows(self, step: int) -> np.ndarray:
+        if self._blocks is None:
+            return np.asarray(self._decode_SQ[step])
+        return self._blocks.rows(self.scenario.workload.num_requests, step)
 
     def __iter__(self) -> Iterator[Iteration]:
-        for batch in self._prefill_batches():
+        for batch in self.prefill_batches():
             yield self._iteration(batch)
-        for batch in self._decode_batches():
+        for batch in self.decode_batches():
             yield self._iteration(batch)
 
     def _iteration(self, batch: Batch) -> Iteration:
@@ -162,22 +232,30 @@ class Iterations:
             trace = self.scenario.trace
             predicted = trace.predicted_HTLW[0][batch.rows_B, :, : trace.top_k] if trace.predicted_HTLW else None
             self.store.begin(whole.load_LRS[:, 0, :], predicted)
-            costs = self._forward.price([(batch, None)], self.bound)
-            return Iteration(batch.phase, self._forward.program, costs, whole)
-        parts = [(batch, whole)]
-        if self.scenario.policies.two_batch_overlap:
-            parts = [(half, self._count(half)) for half in batch.halves(self.scenario.layout.attention.dp)]
-        return Iteration(batch.phase, self._forward.program, self._forward.price(parts, self.bound), whole)
+            costs = self.forward.price([(batch, None)], self.bound)
+            return Iteration(batch.phase, self.forward.program, costs, whole)
+        parts = self.parts(batch) if self.scenario.policies.two_batch_overlap else [(batch, whole)]
+        return Iteration(batch.phase, self.forward.program, self.forward.price(parts, self.bound), whole)
+
+    def parts(self, batch: Batch) -> list[tuple[Batch, Counts | None]]:
+        """The batches that overlap, or the one that does not, with the counts of their tokens."""
+        two = self.scenario.policies.two_batch_overlap
+        halves = batch.halves(self.scenario.layout.attention.dp) if two else (batch,)
+        return [(half, self._count(half)) for half in halves]
 
     def _count(self, batch: Batch) -> Counts | None:
         """Tokens of a batch over expert ranks."""
         if self._counter is None:
             return None
+        choice_B = None
+        if self._blocks is not None and batch.request_B is not None:
+            if self._pool is not None:
+                return self._count_windows(self._pool, self._blocks, batch)
+            choice_B = batch.request_B % self._blocks.num_traced
         ids_TLK, source_B = self._ids_TLK, batch.group_B.astype(np.int32)
-        if self._spread:
-            tp = self.scenario.layout.attention.tp
-            source_B = (source_B * tp + np.arange(source_B.size) % tp).astype(np.int32)
-        counts = self._counter.count(ids_TLK, batch.rows_B, source_B)
+        dealt = self._ranks_per_group()
+        source_B = (source_B * dealt + np.arange(source_B.size) % dealt).astype(np.int32)
+        counts = self._counter.count(ids_TLK, batch.rows_B, source_B, choice_B)
         if self._spread and self.scenario.policies.network == "flows":
-            return self._counter.with_targets(counts, ids_TLK, batch.rows_B, source_B)
+            return self._counter.with_targets(counts, ids_TLK, batch.rows_B, source_B, choice_B)
         return counts

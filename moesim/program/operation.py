@@ -106,6 +106,11 @@ class Program:
         return np.stack([self.groups[op.group] for op in self.operations if isinstance(op, Operation)])
 
     @cached_property
+    def is_alone_N(self) -> NDArray[np.bool_]:
+        """Whether each rank starts the operation for itself (a program without choices)."""
+        return np.asarray((self.group_NR == np.arange(self.num_ranks)).all(axis=1))
+
+    @cached_property
     def waits(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """What operation n waits for: entries start[n] to start[n + 1] of the second array."""
         starts = np.cumsum([0, *(len(op.after) for op in self.operations)])
@@ -142,6 +147,10 @@ class Costs:
     seconds_NR: NDArray[np.float64]
     bytes_NR: NDArray[np.float64]
     shares_NX: NDArray[np.float64]
+
+    def copy(self) -> Costs:
+        """The same in arrays of its own."""
+        return Costs(self.seconds_NR.copy(), self.bytes_NR.copy(), self.shares_NX.copy())
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,21 +16,28 @@ Floats = NDArray[np.float64]
 
 
 @njit(cache=True)
-def _walk(group_NR, after_start_N, after, seconds_NR, start_NR, finish_NR):  # type: ignore[no-untyped-def]
+def _walk(group_NR, is_alone_N, after_start_N, after, seconds_NR, start_NR, finish_NR):  # type: ignore[no-untyped-def]
+    """Starts and finishes, both 0 before; ranks that start alone, as most do, are taken together by vector units."""
     num_ops, num_ranks = seconds_NR.shape
     ready_G = np.empty(num_ranks)
     for n in range(num_ops):
-        ready_G[:] = 0.0
+        start_R, finish_R, seconds_R, group_R = start_NR[n], finish_NR[n], seconds_NR[n], group_NR[n]
+        for i in range(after_start_N[n], after_start_N[n + 1]):
+            before_R = finish_NR[after[i]]
+            for r in range(num_ranks):
+                start_R[r] = before_R[r] if before_R[r] > start_R[r] else start_R[r]
+        if not is_alone_N[n]:
+            ready_G[:] = 0.0
+            for r in range(num_ranks):
+                if group_R[r] >= 0:
+                    ready_G[group_R[r]] = max(ready_G[group_R[r]], start_R[r])
+            for r in range(num_ranks):
+                takes_part = group_R[r] >= 0
+                start_R[r] = ready_G[group_R[r]] if takes_part else 0.0
+                finish_R[r] = start_R[r] + seconds_R[r] if takes_part else 0.0
+            continue
         for r in range(num_ranks):
-            group = group_NR[n, r]
-            if group >= 0:
-                for i in range(after_start_N[n], after_start_N[n + 1]):
-                    ready_G[group] = max(ready_G[group], finish_NR[after[i], r])
-        for r in range(num_ranks):
-            group = group_NR[n, r]
-            if group >= 0:
-                start_NR[n, r] = ready_G[group]
-                finish_NR[n, r] = ready_G[group] + seconds_NR[n, r]
+            finish_R[r] = start_R[r] + seconds_R[r]
 
 
 @njit(cache=True)
@@ -58,7 +65,7 @@ def walk(program: Program, costs: Costs) -> Played:
     if program.has_choices:
         return _walk_choices(program, costs)
     start_NR, finish_NR = np.zeros_like(costs.seconds_NR), np.zeros_like(costs.seconds_NR)
-    _walk(program.group_NR, *program.waits, costs.seconds_NR, start_NR, finish_NR)
+    _walk(program.group_NR, program.is_alone_N, *program.waits, costs.seconds_NR, start_NR, finish_NR)
     return Played(program.operations, costs, start_NR, finish_NR, program.parts, program.part_N)
 
 

@@ -33,6 +33,20 @@ class Counts:
     target_LBK: NDArray[np.int64] | None = None
 
 
+@njit(cache=True)
+def _sum_slots(load_NS, sum_N):  # type: ignore[no-untyped-def]
+    for n in range(load_NS.shape[0]):
+        for s in range(load_NS.shape[1]):
+            sum_N[n] += load_NS[n, s]
+
+
+def summed_slots(load_LRS: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Tokens of all slots of each rank, [L, R]; several times as fast as a sum along so short an axis."""
+    sum_LR = np.zeros(load_LRS.shape[:-1], np.int64)
+    _sum_slots(np.ascontiguousarray(load_LRS).reshape(-1, load_LRS.shape[-1]), sum_LR.reshape(-1))
+    return sum_LR
+
+
 MESSAGES = ("rank", "choice", "node")
 """What a message is: a token for each rank that it needs; for each of its choices; or for each node that it needs, to
 the rank of its own index there, which passes it on to the ranks that need it."""
@@ -42,7 +56,7 @@ _RANK_SHIFT = 32
 
 @njit(cache=True)
 def _count(  # type: ignore[no-untyped-def]
-    ids_TLK, rows_B, source_B, order_B, base_R, place_LXE, slots_per_rank, load_LP, sent_LRR, stamp_LR, every
+    ids_TLK, rows_B, source_B, choice_B, order_B, base_R, place_LXE, slots_per_rank, load_LP, sent_LRR, stamp_LR, every
 ):
     """Count, block by block: the rows of a block are copied together first, so that they stream from memory once.
 
@@ -64,7 +78,7 @@ def _count(  # type: ignore[no-untyped-def]
             place_XE, load_P, stamp_R, sent_RR = place_LXE[layer], load_LP[layer], stamp_LR[layer], sent_LRR[layer]
             for i in range(size):
                 token = order_B[first + i]
-                source, stamp, choice = source_B[token], np.int32(token), token % num_choices
+                source, stamp, choice = source_B[token], np.int32(token), choice_B[token] % num_choices
                 base, base_slot = np.uint64(base_R[source]), np.uint64(base_R[source] * slots_per_rank)
                 for k in range(top_k):
                     place = place_XE[choice, block_BLK[i, layer, k]]
@@ -75,7 +89,7 @@ def _count(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _count_nodes(ids_TLK, rows_B, source_B, base_R, place_LXE, node_R, sent_LRN):  # type: ignore[no-untyped-def]
+def _count_nodes(ids_TLK, rows_B, source_B, choice_B, base_R, place_LXE, node_R, sent_LRN):  # type: ignore[no-untyped-def]
     """Tokens of each rank with at least one choice in each node."""
     num_layers, top_k, num_choices = ids_TLK.shape[1], ids_TLK.shape[2], place_LXE.shape[1]
     stamp_N = np.full(sent_LRN.shape[2], -1, np.int64)
@@ -83,7 +97,7 @@ def _count_nodes(ids_TLK, rows_B, source_B, base_R, place_LXE, node_R, sent_LRN)
         for token in range(rows_B.size):
             source, stamp = source_B[token], layer * rows_B.size + token
             for k in range(top_k):
-                place = place_LXE[layer, token % num_choices, ids_TLK[rows_B[token], layer, k]]
+                place = place_LXE[layer, choice_B[token] % num_choices, ids_TLK[rows_B[token], layer, k]]
                 node = node_R[base_R[source] + np.int64(place >> np.uint64(_RANK_SHIFT))]
                 sent_LRN[layer, source, node] += np.int32(stamp_N[node] != stamp)
                 stamp_N[node] = stamp
@@ -170,36 +184,49 @@ class Counter:
         self.num_ranks = num_ranks
         self._sent_LRR = np.zeros((self.num_layers, num_ranks, num_ranks), np.int32)  # scratch, kept to save its set-up
 
-    def count(self, ids_TLK: NDArray[np.unsignedinteger], rows_B: NDArray[np.int64], source_B: Ints) -> Counts:
+    def count(
+        self,
+        ids_TLK: NDArray[np.unsignedinteger],
+        rows_B: NDArray[np.int64],
+        source_B: Ints,
+        choice_B: NDArray[np.int64] | None = None,
+    ) -> Counts:
         """Count one iteration.
 
         Args:
             ids_TLK: the trace's expert ids.
             rows_B: rows of the trace, one for each token of the iteration.
             source_B: expert rank that each token starts from.
+            choice_B: number by which each token chooses among copies, see `SlotTables`; its index if None.
         """
+        choice_B = np.arange(len(rows_B)) if choice_B is None else choice_B
         shape = (self.num_layers, self.num_ranks)
         load_LP = np.zeros((shape[0], shape[1] * self._slots_per_rank), np.int32)
         traffic_CLR = np.zeros((4, *shape), np.int32)
         stamp_LR = np.full(shape, -1, np.int32)
         self._sent_LRR[:] = 0
         _count(
-            ids_TLK, rows_B, source_B, np.argsort(source_B, kind="stable"), self._base_R, self._place_LXE,
+            ids_TLK, rows_B, source_B, choice_B, np.argsort(source_B, kind="stable"), self._base_R, self._place_LXE,
             self._slots_per_rank, load_LP, self._sent_LRR, stamp_LR, np.int32(self._message == "choice"),
         )  # fmt: skip
         if self._message == "node":
             sent_LRN = np.zeros((*shape, int(self._node_R.max()) + 1), np.int32)
-            _count_nodes(ids_TLK, rows_B, source_B, self._base_R, self._place_LXE, self._node_R, sent_LRN)
+            _count_nodes(ids_TLK, rows_B, source_B, choice_B, self._base_R, self._place_LXE, self._node_R, sent_LRN)
             _sum_relayed(self._sent_LRR, sent_LRN, self._node_R, traffic_CLR)
         else:
             _sum_traffic(self._sent_LRR, self._node_R, traffic_CLR)
         return Counts(load_LP.reshape(*shape, self._slots_per_rank), traffic_CLR)
 
     def with_targets(
-        self, counts: Counts, ids_TLK: NDArray[np.unsignedinteger], rows_B: NDArray[np.int64], source_B: Ints
+        self,
+        counts: Counts,
+        ids_TLK: NDArray[np.unsignedinteger],
+        rows_B: NDArray[np.int64],
+        source_B: Ints,
+        choice_B: NDArray[np.int64] | None = None,
     ) -> Counts:
         """The counts of an iteration together with the rank of each token's choices."""
-        choice_B = np.arange(len(rows_B)) % self._place_LXE.shape[1]
+        choice_B = (np.arange(len(rows_B)) if choice_B is None else choice_B) % self._place_LXE.shape[1]
         ids_LBK = ids_TLK[rows_B].swapaxes(0, 1)
         layer_L = np.arange(self.num_layers)[:, None, None]
         rank_LBK = (self._place_LXE[layer_L, choice_B[:, None], ids_LBK] >> np.uint64(_RANK_SHIFT)).astype(np.int64)

@@ -1,17 +1,30 @@
 """Replay: which rows of a trace stand for the tokens of simulated requests.
 
 Request i replays request i mod N of the trace, in an order drawn once. A prompt longer than the trace's starts it
-again, and so does a longer answer; `Replay.repeats` says whether that happens.
+again, and so does a longer answer; `Replay.repeats` says whether that happens. Where several requests replay the same
+one, each further one begins elsewhere in it, so that they are not all at the same token at once.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from moesim.routing.trace import RoutingTrace
 
 Rows = NDArray[np.int64]
+
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def begins(turn: ArrayLike, length: int) -> NDArray[np.int64]:
+    """Where in a request of `length` tokens its first, second, ... replay begins: far from all earlier ones.
+
+    >>> begins([0, 1, 2], 100).tolist()
+    [0, 61, 23]
+    """
+    return np.asarray(np.asarray(turn) * GOLDEN % 1.0 * length).astype(np.int64)
 
 
 class Replay:
@@ -46,13 +59,16 @@ class Replay:
     def prompt_rows(self, request: int, num_tokens: int) -> Rows:
         """Rows of the prompt tokens of one request."""
         rows = self.prompts[request % len(self.prompts)]
-        return rows[np.arange(num_tokens) % len(rows)]
+        place = begins(request // len(self.prompts), len(rows)) + np.arange(num_tokens)
+        return np.asarray(rows[place % len(rows)])
 
     def decode_rows(self, num_requests: int, num_steps: int) -> NDArray[np.int64]:
         """Rows of the generated tokens, int64 [num_steps, num_requests]."""
-        step = np.arange(num_steps)
-        columns_NS = np.stack([rows[step % len(rows)] for rows in self.answers])
-        return np.ascontiguousarray(columns_NS[np.arange(num_requests) % len(columns_NS)].T)
+        step, found_SQ = np.arange(num_steps)[:, None], np.empty((num_steps, num_requests), np.int64)
+        for n, rows in enumerate(self.answers[:num_requests]):
+            mine = np.arange(n, num_requests, len(self.answers))
+            found_SQ[:, mine] = rows[(begins(mine // len(self.answers), len(rows)) + step) % len(rows)]
+        return found_SQ
 
     def repeats(self, num_requests: int, prompt_tokens: int | None, output_tokens: int) -> list[str]:
         """What the trace was too short for, one sentence each."""

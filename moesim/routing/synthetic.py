@@ -60,7 +60,7 @@ def even_trace(
     """A trace in which every step, and every run of tokens of one request, uses all experts alike.
 
     A layer deals its experts out to D = E / K tokens, each once, from `top_groups` groups for each token; token p
-    of request q gets hand (p + q) mod D. There are 4 D requests of D prompt and D generated tokens.
+    of request q gets hand (p + q) mod D. There are D requests of D prompt and D generated tokens.
 
     Raises:
         ValueError: K does not divide E, or the groups do not divide evenly.
@@ -72,7 +72,7 @@ def even_trace(
             f"{top_groups} groups: each of these must divide the ones above it"
         )
     rng = np.random.default_rng(seed)
-    num_requests, per_request = 4 * hands, 2 * hands
+    num_requests, per_request = hands, 2 * hands
     dtype = np.uint8 if num_experts <= 256 else np.uint16
     hand_LDK = np.empty((num_layers, hands, top_k), dtype)
     size, taken = num_experts // num_groups, top_k // top_groups

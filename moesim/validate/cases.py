@@ -11,35 +11,36 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement and its prediction, in seconds.
+    """One measurement and its prediction.
 
     Attributes:
         case: what was measured, in words; unique in its validation.
-        measured, predicted: seconds.
+        measured, predicted: in `unit`; None where the measurement is not at hand, and nothing is judged.
         low, high: ends of the 90 % interval of the prediction.
         fitted: whether the prediction took anything from this very case's measurement; such cases count in no error.
         group: what the case is summed up under, such as a device and an operator; "" for none.
-        baseline: seconds that a plain roofline gives; None where it was not asked.
+        baseline: what a plain roofline gives; None where it was not asked.
     """
 
     case: str
-    measured: float
+    measured: float | None
     predicted: float
     low: float
     high: float
     fitted: bool = False
     group: str = ""
     baseline: float | None = None
+    unit: str = "s"
 
     @property
-    def error(self) -> float:
+    def error(self) -> float | None:
         """Signed relative error of the prediction."""
-        return self.predicted / self.measured - 1
+        return None if self.measured is None else self.predicted / self.measured - 1
 
     @property
     def is_covered(self) -> bool:
-        """Whether the measurement lies in the interval."""
-        return self.low <= self.measured <= self.high
+        """Whether the measurement is known, and lies in the interval."""
+        return self.measured is not None and self.low <= self.measured <= self.high
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Validation:
         table = [
             {
                 key: getattr(case, key)
-                for key in ("case", "measured", "predicted", "low", "high", "fitted", "group", "baseline")
+                for key in ("case", "measured", "predicted", "low", "high", "fitted", "group", "baseline", "unit")
             }
             for case in self.cases
         ]
@@ -84,22 +85,22 @@ class Validation:
 
 
 def summary(cases: Sequence[Case]) -> dict[str, float | int]:
-    """Rows, errors and coverage of the cases that are not fitted.
+    """Rows, errors and coverage of the cases that were measured and are not fitted.
 
     `median_abs_error`, `p75_abs_error` and `p90_abs_error` are of |predicted / measured - 1|; `bias` is the median of
     the signed error; `coverage_90` is the share of measurements inside their 90 % intervals. Those with `baseline_` are
     of the roofline beside it, over the cases that have one.
     """
-    judged = [case for case in cases if not case.fitted]
+    judged = [(case, case.measured) for case in cases if not case.fitted and case.measured is not None]
     found: dict[str, float | int] = {"rows": len(judged)}
     if not judged:
         return found
-    errors = np.array([case.error for case in judged])
+    errors = np.array([case.predicted / measured - 1 for case, measured in judged])
     for name, share in (("median", 50), ("p75", 75), ("p90", 90)):
         found[f"{name}_abs_error"] = float(np.percentile(np.abs(errors), share))
     found["bias"] = float(np.median(errors))
-    found["coverage_90"] = float(np.mean([case.is_covered for case in judged]))
-    plain = [abs(case.baseline / case.measured - 1) for case in judged if case.baseline is not None]
+    found["coverage_90"] = float(np.mean([case.is_covered for case, _ in judged]))
+    plain = [abs(case.baseline / measured - 1) for case, measured in judged if case.baseline is not None]
     if plain:
         for name, share in (("median", 50), ("p90", 90)):
             found[f"baseline_{name}_abs_error"] = float(np.percentile(plain, share))

@@ -178,7 +178,7 @@ def _transferred(tables: list[MeasuredTable], rng: np.random.Generator) -> list[
 def _with_interval(cases: list[Case], group: str) -> list[Case]:
     """A table knows nothing of another device: the interval is fitted to every other case, which no longer counts."""
     mine = [case for case in cases if case.group == group]
-    errors = np.log([case.measured / case.predicted for case in mine[::2]])
+    errors = np.log([case.measured / case.predicted for case in mine[::2] if case.measured is not None])
     low, high = np.exp(np.quantile(errors, [0.05, 0.95]))
     return [
         replace(case, low=float(case.predicted * low), high=float(case.predicted * high), fitted=index % 2 == 0)

@@ -8,8 +8,15 @@ from moesim.cli.validate.kernels import kernels_command
 from moesim.cli.validate.network import network_command
 from moesim.cli.validate.serving import serving_command
 from moesim.cli.validate.this_machine import this_machine_command
+from moesim.cli.validate.wide_ep import wide_ep_command
 
-COMMANDS: tuple[click.Command, ...] = (this_machine_command, kernels_command, network_command, serving_command)
+COMMANDS: tuple[click.Command, ...] = (
+    this_machine_command,
+    kernels_command,
+    network_command,
+    serving_command,
+    wide_ep_command,
+)
 
 
 @click.group("validate")

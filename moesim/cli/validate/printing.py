@@ -98,9 +98,13 @@ def _figures(found: Mapping[str, float], missed: Sequence[str]) -> list[str]:
 
 
 def _every_case(validation: Validation) -> Table:
-    table = _table(("case", "measured (s)", "predicted (s)", "90 % interval", "error"))
+    units = {case.unit for case in validation.cases}
+    shown = f" ({units.pop()})" if len(units) == 1 else ""
+    table = _table(("case", f"measured{shown}", f"predicted{shown}", "90 % interval", "error"))
     for case in validation.cases:
+        unit = "" if shown else f" {case.unit}"
         interval = f"{case.low:.4g} to {case.high:.4g}"
-        error = f"{case.error:+.1%}{' fitted' if case.fitted else ''}"
-        table.add_row(escape(case.case), f"{case.measured:.4g}", f"{case.predicted:.4g}", interval, error)
+        error = "" if case.error is None else f"{case.error:+.1%}{' fitted' if case.fitted else ''}"
+        measured = "-" if case.measured is None else f"{case.measured:.4g}"
+        table.add_row(escape(case.case), measured, f"{case.predicted:.4g}{unit}", interval, error)
     return table
