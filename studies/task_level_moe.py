@@ -122,7 +122,8 @@ def claims() -> list[Claim]:
     return [
         Claim("parameters of the dense model", "models", 142e6, dense, "", 0.01, fitted=f"{VOCABULARY} words"),
         Claim("parameters with 32 experts", "models", 533e6, sparse, "", 0.01),
-        Claim("parameters with 32 experts over those of the dense model", "models, said of decoders", 3.75, sparse / dense, "ratio", 0.01),
+        Claim("parameters with 32 experts over those of the dense model", "models, said of decoders", 3.75,
+              sparse / dense, "ratio", 0.01),
         Claim("task-level over token-level, communication alone", "peak tokens/s", 1.87, speedup(1.0), "ratio",
               0.1, because="a token also computes two experts where the dense network has one, and both are padded"),
         Claim("task-level over token-level, and two experts of a token", "peak tokens/s", 1.87, speedup(2.0),

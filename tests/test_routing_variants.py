@@ -1,11 +1,14 @@
 """Routing variants: each against a plain loop of its rule, and the laws of load, capacity, traffic and time."""
 
+from dataclasses import replace
 from math import comb
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moesim.studies import scmoe
+from routing_cases import gpt_oss
 
 from moesim.costs.moe_layer import layer_effects, rank_messages, source_ranks, traffic
 from moesim.files.hardware import load_cluster
@@ -21,7 +24,7 @@ from moesim.routing.capacity import (
     moe_plus_plus_share,
 )
 from moesim.routing.counting import Counter
-from moesim.routing.scores import with_scores
+from moesim.routing.scores import gate_weights_TE, with_scores
 from moesim.routing.variants import (
     Routed,
     adjugate,
@@ -316,6 +319,59 @@ def test_sub_tokens_move_the_same_bytes_to_one_rank():
     paid_TE = multi_head(np.stack([scores_TE, scores_TE], axis=1), 1).chosen_TE
     assert paid_TE.shape == (2, 4) and paid_TE[:, 1].all()
     assert rank_messages(np.repeat(paid_TE, 2, axis=0), 2).sum() == 2  # tokens of rank 1 come to rank 0
+
+
+# ScMoE's programs, and what a trace says
+
+
+@given(st.floats(0, 5), st.floats(0, 5), st.floats(0, 5), st.floats(0, 5))
+def test_a_shortcut_hides_what_fits_and_never_more_than_its_window(attention, mlp, exchange, gate):
+    times = scmoe.Times(attention, mlp, exchange, gate)
+    computed = 2 * attention + 3 * mlp + gate
+    assert scmoe.plain(times, 1, shared=True) == pytest.approx(computed + exchange)
+    windows = attention + mlp, attention + 2 * mlp, 2 * attention + 2 * mlp
+    found = [scmoe.shortcut(times, position) for position in ("Pos-1", "Pos-2", "Pos-3")]
+    for seconds, window in zip(found, windows, strict=True):
+        assert computed + max(exchange - window, 0) <= seconds + 1e-9 <= computed + exchange + 2e-9
+    assert found[0] + 1e-9 >= found[1] and found[1] + 1e-9 >= found[2]
+    # Each half of an exchange that is no longer than either end of its window hides whole.
+    short = scmoe.Times(attention, mlp, 2 * min(attention, mlp), gate)
+    assert scmoe.shortcut(short, "Pos-1") == pytest.approx(computed)
+
+
+@given(st.floats(0.01, 5), st.floats(0, 5), st.integers(1, 2), st.integers(2, 4))
+def test_chunks_hide_at_most_the_smaller_of_experts_and_exchange(mlp, exchange, k, chunks):
+    times = scmoe.Times(1.0, mlp, exchange, 0.5)
+    whole, cut = scmoe.plain(times, k), scmoe.plain(times, k, chunks=chunks)
+    assert whole - min(k * mlp, k * exchange) - 1e-9 <= cut <= whole + 1e-9
+
+
+def test_gate_weights_lie_at_the_experts_of_the_trace():
+    trace = load_trace("olmoe-shape-16x64").take(slice(0, 50))
+    weight_TE = gate_weights_TE(trace, 3)
+    assert ((weight_TE > 0).sum(axis=1) == 8).all()
+    np.testing.assert_allclose(weight_TE.sum(axis=1), trace.weights_TLK[:, 3].astype(float).sum(axis=1))
+    # Half precision ties some weights, and then the lower id comes first: sets agree, orders need not.
+    chosen_TE = top_k(weight_TE, 8).chosen_TE
+    assert all(chosen_TE[t, trace.expert_ids_TLK[t, 3]].all() for t in range(50))
+    with pytest.raises(ValueError, match="no gate weights"):
+        gate_weights_TE(replace(trace, weights_TLK=None), 0)
+
+
+def test_on_real_routing_more_places_drop_less_and_a_request_has_fewer_experts_than_chance():
+    trace = gpt_oss()
+    K, E, rows = trace.top_k, trace.num_experts, slice(0, 1024)
+    for layer in (0, trace.num_layers // 2, trace.num_layers - 1):
+        chosen_TE = np.zeros((1024, E), bool)
+        np.put_along_axis(chosen_TE, trace.expert_ids_TLK[rows, layer].astype(int), True, axis=1)
+        drops = [
+            int(capped(Routed.of(chosen_TE), chosen_TE * 1.0, capacity(f, 1024, K, E)).dropped_TE.sum())
+            for f in (0.5, 1.0, 2.0, E / K)
+        ]
+        # At half of the even load all places are filled, unless an expert is wanted by fewer.
+        assert drops == sorted(drops, reverse=True) and drops[0] >= 1024 * K // 2 and drops[-1] == 0
+        used = chosen_TE.reshape(-1, 16, E).any(axis=1).sum(axis=1).mean()
+        assert used < E * (1 - (1 - K / E) ** 16)
 
 
 @pytest.mark.parametrize(
