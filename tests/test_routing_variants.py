@@ -55,6 +55,7 @@ def best_first(score_E):
 # Each rule against a loop
 
 
+@settings(deadline=None)
 @given(scores(), st.data())
 def test_top_k_is_the_k_best_by_id_where_they_tie(scores_TE, data):
     E = scores_TE.shape[1]
@@ -65,6 +66,7 @@ def test_top_k_is_the_k_best_by_id_where_they_tie(scores_TE, data):
     assert top_k(scores_TE, E).chosen_TE.all()
 
 
+@settings(deadline=None)
 @given(scores(), st.floats(0.01, 1))
 def test_top_p_stops_as_soon_as_p_is_reached(scores_TE, p):
     probability_TE = softmax(scores_TE)
@@ -79,6 +81,7 @@ def test_top_p_stops_as_soon_as_p_is_reached(scores_TE, p):
     assert top_p(probability_TE, 1.0).chosen_TE.all()
 
 
+@settings(deadline=None)
 @given(scores(), st.floats(0, 1))
 def test_relu_gate_has_the_wanted_mean_and_one_threshold(scores_TE, share):
     T, E = scores_TE.shape
@@ -90,6 +93,7 @@ def test_relu_gate_has_the_wanted_mean_and_one_threshold(scores_TE, share):
         assert scores_TE[chosen_TE].min() > scores_TE[~chosen_TE].max()
 
 
+@settings(deadline=None)
 @given(scores(), st.integers(1, 9), st.floats(0, 1))
 def test_skipping_keeps_the_best_and_all_at_ratio_0(scores_TE, k, ratio):
     probability_TE, whole = softmax(scores_TE), top_k(scores_TE, min(k, scores_TE.shape[1]))
@@ -103,6 +107,7 @@ def test_skipping_keeps_the_best_and_all_at_ratio_0(scores_TE, k, ratio):
     np.testing.assert_array_equal(skip_light(whole, probability_TE, 0.0).chosen_TE, whole.chosen_TE)
 
 
+@settings(deadline=None)
 @given(scores(), st.sampled_from(ORDERS[:3]), st.integers(1, 4), st.integers(0, 5), st.integers(1, 3))
 def test_capacity_is_filled_in_order_and_drops_are_counted(scores_TE, order, k, places, num_groups):
     T, E = scores_TE.shape
@@ -122,6 +127,7 @@ def test_capacity_is_filled_in_order_and_drops_are_counted(scores_TE, order, k, 
     np.testing.assert_array_equal(found.chosen_TE ^ found.dropped_TE, routed.chosen_TE)
 
 
+@settings(deadline=None)
 @given(scores(), st.integers(0, 6), st.integers(0, 3))
 def test_random_order_fills_every_place_and_differs_by_seed_alone(scores_TE, places, seed):
     routed = top_k(scores_TE, 2)
@@ -131,6 +137,7 @@ def test_random_order_fills_every_place_and_differs_by_seed_alone(scores_TE, pla
     np.testing.assert_array_equal(found.chosen_TE, again.chosen_TE)
 
 
+@settings(deadline=None)
 @given(scores(), st.data())
 def test_expert_choice_loads_are_equal_and_its_tokens_the_best(scores_TE, data):
     T, E = scores_TE.shape
@@ -141,6 +148,7 @@ def test_expert_choice_loads_are_equal_and_its_tokens_the_best(scores_TE, data):
     assert expert_choice(scores_TE, T).chosen_TE.all()
 
 
+@settings(deadline=None)
 @given(scores(), st.integers(1, 4))
 def test_a_task_has_one_set_and_a_task_per_token_is_top_k(scores_TE, num_tasks):
     T, _E = scores_TE.shape
@@ -155,6 +163,7 @@ def test_a_task_has_one_set_and_a_task_per_token_is_top_k(scores_TE, num_tasks):
     np.testing.assert_array_equal(alone.chosen_TE, top_k(probability_TE, 2).chosen_TE)
 
 
+@settings(deadline=None)
 @given(scores(), st.integers(1, 4))
 def test_sub_tokens_are_routed_by_themselves(scores_TE, heads):
     scores_THE = np.stack([np.roll(scores_TE, h, axis=1) for h in range(heads)], axis=1)
@@ -165,6 +174,7 @@ def test_sub_tokens_are_routed_by_themselves(scores_TE, heads):
             assert np.flatnonzero(routed.chosen_TE[t * heads + h]).tolist() == [best_first(scores_THE[t, h])[0]]
 
 
+@settings(deadline=None)
 @given(scores())
 def test_places_are_a_permutation(scores_TE):
     assert (np.sort(ranked(scores_TE), axis=1) == np.arange(scores_TE.shape[1])).all()
@@ -182,6 +192,7 @@ def test_null_experts_are_chosen_and_cost_nothing():
     assert top_k(scores_TE, 2).mean_experts == 2.0
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 1), st.integers(1, 32), st.integers(0, 8))
 def test_moe_plus_plus_share_is_that_of_full_capacity(tau, num_ffn, num_free):
     places_E = moe_plus_plus_capacity(tau, 1.0, 10**9, num_ffn, num_free)
@@ -217,7 +228,7 @@ def test_arithmetic_widths():
 # Buffer overflow
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(scores(), scores(), st.sampled_from(ORDERS[:3]), st.integers(1, 3))
 def test_with_places_per_request_batch_mates_change_nothing(mine_TE, mates_TE, order, places):
     E = min(mine_TE.shape[1], mates_TE.shape[1])
@@ -245,6 +256,7 @@ def test_with_places_per_batch_a_mate_can_take_them():
 # Effects
 
 
+@settings(deadline=None)
 @given(scores(), st.sampled_from([1, 2, 4]))
 def test_messages_against_a_loop_over_tokens(scores_TE, num_ranks):
     paid_TE = top_k(np.tile(scores_TE, (1, 4)), 2).chosen_TE
@@ -324,6 +336,7 @@ def test_sub_tokens_move_the_same_bytes_to_one_rank():
 # ScMoE's programs, and what a trace says
 
 
+@settings(deadline=None)
 @given(st.floats(0, 5), st.floats(0, 5), st.floats(0, 5), st.floats(0, 5))
 def test_a_shortcut_hides_what_fits_and_never_more_than_its_window(attention, mlp, exchange, gate):
     times = scmoe.Times(attention, mlp, exchange, gate)
@@ -339,6 +352,7 @@ def test_a_shortcut_hides_what_fits_and_never_more_than_its_window(attention, ml
     assert scmoe.shortcut(short, "Pos-1") == pytest.approx(computed)
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 5), st.floats(0, 5), st.integers(1, 2), st.integers(2, 4))
 def test_chunks_hide_at_most_the_smaller_of_experts_and_exchange(mlp, exchange, k, chunks):
     times = scmoe.Times(1.0, mlp, exchange, 0.5)
