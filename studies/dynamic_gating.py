@@ -92,9 +92,8 @@ def exchange_s(model: Gated, cluster: Cluster, rows: float) -> float:
 def static_layer_s(model: Gated, cluster: Cluster, tokens: float) -> float:
     """A MoE layer whose experts are padded to capacity: two one-hot products, two exchanges, and batched experts."""
     rows = model.experts * model.capacity * tokens
-    masks = product_s(cluster, rows, model.hidden, round(tokens)) + product_s(
-        cluster, tokens, model.hidden, round(rows)
-    )
+    masks = product_s(cluster, rows, model.hidden, round(tokens))
+    masks += product_s(cluster, tokens, model.hidden, round(rows))
     local = model.experts / cluster.num_ranks
     each = rows / local  # rows of all GPUs at one expert
     experts = product_s(cluster, each, model.width, model.hidden) + product_s(cluster, each, model.hidden, model.width)
@@ -129,8 +128,10 @@ def both_s(model: Gated, machine: str, tokens: float) -> tuple[float, float]:
 
 
 def saved_gb(model: Gated, tokens: float) -> float:
-    """Activations of one layer that static gating holds beyond the tokens' own: a mask of one byte, weights of two for
-    each entry, and padded rows on the way in and out."""
+    """Activations of one layer that static gating holds beyond the tokens' own.
+
+    A mask of one byte and weights of two for each entry, and padded rows on the way in and out.
+    """
     rows = model.experts * model.capacity * tokens
     return float(3 * tokens * rows + 2 * 2 * (rows - K * tokens) * model.hidden) / 1e9
 
@@ -141,10 +142,8 @@ def claims() -> list[Claim]:
     one = both_s(LM, "dgx-v100", lm), both_s(ENCODER, "dgx-v100", encoder)
     four = both_s(LM, "4 x dgx-v100", lm), both_s(ENCODER, "4 x dgx-v100", encoder)
     host = "published, dynamic gating takes 0.18 (LM) and 0.39 s (encoder); 0.11 and 0.13 s here, nearly all of it the "
-    host += "dense part: the rest of theirs is neither bytes nor FLOP but host work, which is not modelled"
-    attention = (
-        "the tokens are told from the dense latency by products alone, and masks grow with their square: with the "
-    )
+    host += "dense part: the rest of theirs is in neither bytes nor FLOP; host work is likely, and not modelled"
+    attention = "tokens are told from the dense latency by products alone, and masks grow with their square: with the "
     attention += "time of attention there would be fewer, and with 6650 of them this is 1.09 s"
     gains, far_gains = ([static / dynamic for static, dynamic in pair] for pair in (one, four))
     return [

@@ -272,6 +272,17 @@ def test_messages_against_a_loop_over_tokens(scores_TE, num_ranks):
             assert sent_RR[source, rank] == sum(1 for t, r in sent if source_T[t] == source and r == rank)
 
 
+def test_messages_between_nodes_against_a_loop():
+    routed = relu_gate(np.random.default_rng(3).normal(size=(100, 32)), 2.5)  # from 0 to many experts for a token
+    effects = layer_effects(routed, Experts((64,) * 32, 2), 128, load_cluster("2 x hgx-h100"), 16)
+    sent = set()
+    for t, e in zip(*np.nonzero(routed.chosen_TE), strict=True):
+        if e // 16 != (t * 16 // 100) // 8:
+            sent.add((t, e // 16))
+    assert effects.node_messages == len(sent)
+    assert effects.flops == 250 * 2 * 3 * 128 * 64 and effects.distinct_experts == 32
+
+
 def test_of_top_k_the_counts_are_those_of_the_library():
     """A real trace, 16 ranks on two nodes: load, messages and traffic as `routing.counting` has them."""
     trace = load_trace("olmoe-shape-16x64")
