@@ -44,6 +44,7 @@ class ExpertGrid:
 class Layout:
     """How a model lies on R ranks.
 
+    pp: stages of a pipeline, each of which has both grids; ranks are numbered stage after stage.
     num_redundant_experts: physical copies beyond E in each expert-parallel group.
     num_shared_expert_ranks: ranks of each group that hold nothing but the shared expert, for the tokens of all; 0 has
         every rank compute it for its own tokens.
@@ -53,27 +54,33 @@ class Layout:
     experts: ExpertGrid = field(default_factory=ExpertGrid)
     num_redundant_experts: int = 0
     num_shared_expert_ranks: int = 0
+    pp: int = 1
 
     @property
     def num_ranks(self) -> int:
-        """R."""
-        return self.attention.num_ranks
+        """R: of all stages."""
+        return self.pp * self.attention.num_ranks
 
     def mistakes(self, model: ModelSpec, num_ranks: int) -> list[str]:
         """What keeps this layout from fitting the model and the machine: one sentence per broken rule."""
         found = []
         a, e = self.attention, self.experts
-        for key, value in [*vars(a).items(), *vars(e).items()]:
+        for key, value in [("pp", self.pp), *vars(a).items(), *vars(e).items()]:
             if value < 1:
                 found.append(f"layout: {key} must be at least 1, given {value}")
         if self.num_redundant_experts < 0:
             found.append(f"layout: num_redundant_experts must be 0 or more, given {self.num_redundant_experts}")
         if found:
             return found
-        if a.num_ranks != num_ranks:
+        if self.num_ranks != num_ranks:
+            stages = f"pp = {self.pp} times " if self.pp > 1 else ""
             found.append(
-                f"layout.attention: dp x cp x tp must equal the {num_ranks} devices of the machine, given "
+                f"layout.attention: {stages}dp x cp x tp must equal the {num_ranks} devices of the machine, given "
                 f"{a.dp} x {a.cp} x {a.tp} = {a.num_ranks}"
+            )
+        if self.pp > len(model.layers):
+            found.append(
+                f"layout: pp = {self.pp} stages for the {len(model.layers)} layers of {model.name}; at most as many"
             )
         if e.edp * e.ep * e.etp != a.num_ranks:
             found.append(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
@@ -66,14 +67,21 @@ class Scenario:
         longest = self.workload.prompt_tokens
         if longest is None:
             longest = int(np.bincount(self.trace.request_T[~self.trace.is_decode_T]).max(initial=1))
-        return memory.device_bytes(
-            self.model,
-            self.layout,
-            requests_per_group=-(-self.workload.num_requests // self.layout.attention.dp),
-            tokens_per_request=longest + self.workload.output_tokens,
-            batched_tokens=max(self.workload.max_num_batched_tokens, longest),
-            device_expert_fraction=self.policies.device_expert_fraction,
-        ) | {"capacity": self.cluster.device.memory.capacity_bytes}
+        pp, layers = self.layout.pp, self.model.layers
+        edges = [s * len(layers) // pp for s in range(pp + 1)]
+        stages = [
+            memory.device_bytes(
+                replace(self.model, layers=layers[first:last]),
+                self.layout,
+                requests_per_group=-(-self.workload.num_requests // self.layout.attention.dp),
+                tokens_per_request=longest + self.workload.output_tokens,
+                batched_tokens=max(self.workload.max_num_batched_tokens, longest),
+                device_expert_fraction=self.policies.device_expert_fraction,
+            )
+            for first, last in pairwise(edges)
+        ]
+        fullest = max(stages, key=lambda parts: sum(parts.values()))
+        return fullest | {"capacity": self.cluster.device.memory.capacity_bytes}
 
     def warnings(self) -> list[str]:
         """What the reader of a result should know about where its routing and its tables come from."""
@@ -184,9 +192,34 @@ class Scenario:
                     f"policies.two_batch_overlap: needs two requests in each of {least // 2} groups, given "
                     f"num_requests = {self.workload.num_requests}; {least} would do"
                 )
+        found += self._pipeline_mistakes()
         if self.workload.num_speculative_tokens and self.is_offloaded:
             found.append(
                 "workload.num_speculative_tokens: drafting is not modelled with experts in host memory; set it to 0"
+            )
+        return found
+
+    def _pipeline_mistakes(self) -> list[str]:
+        layout, per_node = self.layout, self.cluster.devices_per_node
+        stage = layout.attention.num_ranks
+        if layout.pp == 1:
+            return []
+        found = [
+            f"layout: pp = {layout.pp} is not modelled together with {what}; set one of them to its default"
+            for what, is_so in {
+                "policies.two_batch_overlap": self.policies.two_batch_overlap,
+                'policies.network = "flows"': self.policies.network == "flows",
+                "workload.num_speculative_tokens": self.workload.num_speculative_tokens > 0,
+                "policies.device_expert_fraction": self.is_offloaded,
+            }.items()
+            if is_so
+        ]
+        if stage % per_node and per_node % stage:
+            found.append(f"layout: the {stage} ranks of a stage must be whole nodes of {per_node}, or divide one")
+        if self.workload.num_requests < layout.pp * layout.attention.dp:
+            found.append(
+                f"layout: pp = {layout.pp} needs as many requests in each of {layout.attention.dp} groups, given "
+                f"num_requests = {self.workload.num_requests}; {layout.pp * layout.attention.dp} would do"
             )
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from moesim.hardware import SOURCES
@@ -10,8 +11,34 @@ from moesim.program.iterations import Iteration, Iterations
 from moesim.program.operation import Operation, Played
 from moesim.program.walk import account
 from moesim.results import Record, Result
-from moesim.routing.counting import summed_slots
 from moesim.version import __version__
+
+
+@njit(cache=True)
+def _add_busy(seconds_NR, shares_NX, busy_X):  # type: ignore[no-untyped-def]
+    """Add the time of all ranks that rests on each source."""
+    for n in range(seconds_NR.shape[0]):
+        total = seconds_NR[n].sum()
+        for x in range(shares_NX.shape[1]):
+            busy_X[x] += total * shares_NX[n, x]
+
+
+@njit(cache=True)
+def _add_load(load_LRS, load_LR):  # type: ignore[no-untyped-def]
+    """Add the tokens of each rank, and return the fullest rank's share of the mean, averaged over layers."""
+    num_layers, num_ranks, num_slots = load_LRS.shape
+    ratios = 0.0
+    for layer in range(num_layers):
+        total, most = 0, 0
+        for r in range(num_ranks):
+            tokens = 0
+            for s in range(num_slots):
+                tokens += load_LRS[layer, r, s]
+            load_LR[layer, r] += tokens
+            total += tokens
+            most = max(most, tokens)
+        ratios += most / max(total / num_ranks, 1e-9)
+    return ratios / num_layers
 
 
 class Tally:
@@ -34,15 +61,15 @@ class Tally:
         """Count one played iteration that began at `start_s`."""
         steps, parts_s = self._step_s[iteration.phase], self._parts_s[iteration.phase]
         exposed_XR, idle_R = account(played)
-        for name, exposed in zip(played.parts, exposed_XR.mean(axis=1), strict=True):
-            parts_s[name] = parts_s.get(name, 0.0) + float(exposed)
-        parts_s["imbalance"] = parts_s.get("imbalance", 0.0) + float(idle_R.mean())
-        self._busy_s += played.costs.seconds_NR.sum(axis=1) @ played.costs.shares_NX
-        if iteration.counts is not None:
-            load_LR = summed_slots(iteration.counts.load_LRS)
-            if iteration.phase == "decode":
-                self._load_LR = load_LR if self._load_LR is None else self._load_LR + load_LR
-                self._imbalance.append(float((load_LR.max(axis=1) / np.maximum(load_LR.mean(axis=1), 1e-9)).mean()))
+        num_ranks = len(idle_R)
+        for name, exposed in zip(played.parts, exposed_XR.sum(axis=1).tolist(), strict=True):
+            parts_s[name] = parts_s.get(name, 0.0) + exposed / num_ranks
+        parts_s["imbalance"] = parts_s.get("imbalance", 0.0) + float(idle_R.sum()) / num_ranks
+        _add_busy(played.costs.seconds_NR, played.costs.shares_NX, self._busy_s)
+        if iteration.counts is not None and iteration.phase == "decode":
+            if self._load_LR is None:
+                self._load_LR = np.zeros(iteration.counts.load_LRS.shape[:2], np.int64)
+            self._imbalance.append(_add_load(iteration.counts.load_LRS, self._load_LR))
         if len(steps) < self._timeline:
             self._record(iteration, played, start_s)
         steps.append(played.seconds)
@@ -141,6 +168,7 @@ _COMMUNICATION = (
     "combine",
     "allreduce",
     "kv_exchange",
+    "send",
     "reduce_scatter",
     "all_gather",
     "expert_copies",

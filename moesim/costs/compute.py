@@ -85,18 +85,27 @@ def gemm_s(
     return np.maximum(compute, memory)
 
 
+_BLOCK = 32  # ranks whose slots are priced together, in vector instructions
+
+
 @njit(cache=True)
-def _grouped_s(load_NS, params_NS, weight_bytes, row_bytes, flops_per_s, bytes_per_s, seconds_N):  # type: ignore[no-untyped-def]
+def _grouped_s(load_NS, params_NS, weight_bytes, row_bytes, s_per_flop, s_per_byte, seconds_N):  # type: ignore[no-untyped-def]
     num_ranks, num_slots = load_NS.shape
-    for n in range(num_ranks):
-        total = 0.0
-        for s in range(num_slots):
-            load, params = np.float64(load_NS[n, s]), params_NS[n, s]
-            if load > 0 and params > 0:
-                compute = 2.0 * params * load / flops_per_s
-                memory = (params * weight_bytes + row_bytes * load) / bytes_per_s
-                total += max(compute, memory)
-        seconds_N[n] = total
+    seconds_I = np.empty(_BLOCK * num_slots)
+    for first in range(0, num_ranks, _BLOCK):
+        last = min(first + _BLOCK, num_ranks)
+        load_I, params_I = load_NS[first:last].ravel(), params_NS[first:last].ravel()
+        for i in range(load_I.size):
+            load, params = np.float64(load_I[i]), params_I[i]
+            compute = 2.0 * params * load * s_per_flop
+            memory = (params * weight_bytes + row_bytes * load) * s_per_byte
+            slower = memory if memory > compute else compute
+            seconds_I[i] = slower if (load > 0) & (params > 0) else 0.0
+        for n in range(first, last):
+            total = 0.0
+            for s in range(num_slots):
+                total += seconds_I[(n - first) * num_slots + s]
+            seconds_N[n] = total
 
 
 def experts_s(
@@ -127,8 +136,8 @@ def experts_s(
         np.ascontiguousarray(params_LRS).reshape(-1, num_slots),
         float(BYTES_PER_PARAM[weight_dtype]),
         4.0 * hidden_size,
-        arithmetic_flops_per_s(device, weight_dtype) * efficiency(device, "grouped_gemm", bound),
-        device.memory.bytes_per_s * efficiency(device, "memory", bound),
+        1 / (arithmetic_flops_per_s(device, weight_dtype) * efficiency(device, "grouped_gemm", bound)),
+        1 / (device.memory.bytes_per_s * efficiency(device, "memory", bound)),
         seconds_LR.reshape(-1),
     )
     return seconds_LR

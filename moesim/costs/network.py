@@ -55,8 +55,12 @@ def half_all_reduce_s(num_bytes: Floats, size: int, cluster: Cluster, bound: str
 
     Source: Thakur, Rabenseifner, Gropp, IJHPCA 2005, with direct (all-to-all) exchange inside a node.
     """
-    rate = _level(size * stride, cluster).bytes_per_s * efficiency(cluster.device, "network", bound)
-    return np.asarray((size - 1) / size * num_bytes / rate)
+    return np.asarray((size - 1) / size * num_bytes / rate_bytes_per_s(size * stride, cluster, bound))
+
+
+def rate_bytes_per_s(size: int, cluster: Cluster, bound: str = "value") -> float:
+    """What is reached of the slowest level that `size` neighbouring ranks span."""
+    return _level(size, cluster).bytes_per_s * efficiency(cluster.device, "network", bound)
 
 
 def latency_s(size: int, cluster: Cluster) -> float:

@@ -24,6 +24,7 @@ from moesim.hardware import SOURCES, Cluster
 from moesim.layout import Layout
 from moesim.mixers import Attention, LatentAttention, Mamba, Mixer
 from moesim.model import BYTES_PER_PARAM, Dense, Experts, Layer, ModelSpec
+from moesim.program.batch import Batch, Members
 from moesim.program.exchange import Exchange
 from moesim.program.lowering import Lowering
 from moesim.program.operation import Costs, Draft, Fragment, Operation, Program
@@ -32,69 +33,6 @@ from moesim.routing.counting import Counts
 Floats = NDArray[np.float64]
 Expand = Callable[[int, int, int], Fragment]
 """(MoE layer, id of the choice, id of the fragment's first operation) -> fragment."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The work of one iteration.
-
-    Attributes:
-        phase: "prefill" or "decode".
-        lengths_Q: tokens of each request: the prompt (prefill), or the context it looks back on (decode).
-        group_Q: data-parallel group of each request.
-        rows_B: row of the trace for each token.
-        group_B: data-parallel group of each token.
-        queries: in decode, tokens of each request that are computed at once: one, and those drafted.
-        request_B: in decode, the request of each token; step: how many tokens it has decoded before.
-    """
-
-    phase: str
-    lengths_Q: NDArray[np.int64]
-    group_Q: NDArray[np.int64]
-    rows_B: NDArray[np.int64]
-    group_B: NDArray[np.int64]
-    queries: int = 1
-    request_B: NDArray[np.int64] | None = None
-    step: int = 0
-
-    def halves(self, num_groups: int) -> tuple[Batch, Batch]:
-        """The first half of the requests of each group, and the other one; in prefill, of about as many tokens."""
-        weight_Q = self.lengths_Q if self.phase == "prefill" else np.ones_like(self.lengths_Q)
-        total_D = np.bincount(self.group_Q, weight_Q, num_groups)
-        order = np.argsort(self.group_Q, kind="stable")
-        before_Q = np.empty(len(order))
-        before_Q[order] = np.cumsum(weight_Q[order]) - weight_Q[order] / 2
-        start_D = np.concatenate([[0], np.cumsum(total_D)[:-1]])
-        first_Q = before_Q - start_D[self.group_Q] < total_D[self.group_Q] / 2
-        first_B = np.repeat(first_Q, self.lengths_Q if self.phase == "prefill" else self.queries)
-        return self._part(first_Q, first_B), self._part(~first_Q, ~first_B)
-
-    def _part(self, in_Q: NDArray[np.bool_], in_B: NDArray[np.bool_]) -> Batch:
-        return Batch(
-            self.phase, self.lengths_Q[in_Q], self.group_Q[in_Q], self.rows_B[in_B], self.group_B[in_B], self.queries,
-            None if self.request_B is None else self.request_B[in_B], self.step,
-        )  # fmt: skip
-
-    def tokens_D(self, num_groups: int) -> Floats:
-        """Tokens of each group."""
-        return np.bincount(self.group_B, minlength=num_groups).astype(np.float64)
-
-    def requests_D(self, num_groups: int) -> Floats:
-        """Requests of each group."""
-        return np.bincount(self.group_Q, minlength=num_groups).astype(np.float64)
-
-    def pairs_D(self, num_groups: int, window: int | None) -> Floats:
-        """Query-key pairs of one layer in each group: causal in prefill, the whole context in decode."""
-        if self.phase == "decode":
-            return self.queries * self.kept_D(num_groups, window)
-        n = self.lengths_Q.astype(np.float64)
-        w = n if window is None else np.minimum(n, window)
-        return np.bincount(self.group_Q, n * w - w * (w - 1) / 2, num_groups).astype(np.float64)
-
-    def kept_D(self, num_groups: int, window: int | None) -> Floats:
-        """Cached tokens that the requests of each group read."""
-        n = self.lengths_Q if window is None else np.minimum(self.lengths_Q, window)
-        return np.bincount(self.group_Q, n, num_groups).astype(np.float64)
 
 
 def drafting_layer(model: ModelSpec) -> Layer:
@@ -114,10 +52,12 @@ class _Standing:
 
     costs: of all operations but attention and what follows the routing, which are 0.
     projections: of attention, with its launches, for each batch and mixer.
+    start: of a dispatch or a combine.
     """
 
     costs: Costs
     projections: list[dict[Mixer, Timed]]
+    start: Timed
 
 
 class Forward:
@@ -151,14 +91,13 @@ class Forward:
         self._num_batches, self._num_drafts = num_batches, num_drafts
         self._layers = (*model.layers, *(drafting_layer(model),) * num_drafts)
         self._slot_params_LRS = slot_params_LRS
-        self._operators = operators or partial(Operators, cluster.device)
-        self._tp, self._dp, self._spread = layout.attention.tp, layout.attention.dp, layout.experts.ep > 1
-        self._cp = layout.attention.cp
+        self.operators = operators or partial(Operators, cluster.device)
+        self._tp, self._cp, self._spread = layout.attention.tp, layout.attention.cp, layout.experts.ep > 1
         self.program = self._lower(expand)
-        self._standing: dict[tuple[object, ...], _Standing] = {}
+        self._standing: dict[tuple[str | Members, ...], _Standing] = {}
 
     def _lower(self, expand: Expand | None) -> Program:
-        ranks = np.arange(self.layout.num_ranks, dtype=np.int32)
+        ranks = np.arange(self.layout.attention.num_ranks, dtype=np.int32)
         groups = {"tp": ranks // self._tp, "ep": ranks // (self.layout.experts.ep * self.layout.experts.etp)}
         if self._cp > 1:
             groups["cp"] = ranks // (self._tp * self._cp) * self._tp + ranks % self._tp
@@ -177,7 +116,7 @@ class Forward:
             if i >= len(self.model.layers) - 1:
                 lowering.head(-1 if i < len(self.model.layers) else i)
         last = lowering.write()
-        if self._operators("value").calibration:
+        if self.operators("value").calibration:
             lowering.rows["host", 0] = [draft.add("host", -1, "host", after=last)]
         mixers = [layer.mixer for layer in self._layers if layer.mixer]
         self._mixers = tuple(dict.fromkeys(mixers))
@@ -202,7 +141,7 @@ class Forward:
             bound: which end of the believed efficiencies to use.
             operators: instead of those given at the start.
         """
-        ops = (operators or self._operators)(bound)
+        ops = (operators or self.operators)(bound)
         standing = self._stand([batch for batch, _ in parts], ops, is_kept=operators is None)
         costs = standing.costs.copy()
         for place, (batch, counts) in enumerate(parts):
@@ -228,28 +167,23 @@ class Forward:
                 costs.bytes_NR[rows] = num_bytes
 
     def _stand(self, batches: Sequence[Batch], ops: Operators, is_kept: bool) -> _Standing:
-        """Prices for as many tokens and requests in each group; those of decoding stay, as its iterations are alike."""
-        shapes = [(batch.tokens_D(self._dp), batch.requests_D(self._dp)) for batch in batches]
-        key = (ops.bound, *(array.tobytes() for shape in shapes for array in shape), *(b.queries for b in batches))
+        """Prices for the batches' members; those of decoding stay."""
+        key = (ops.bound, *(batch.members for batch in batches))
         if is_kept and (found := self._standing.get(key)) is not None:
             return found
         num_ops, num_ranks = len(self.program.operations), self.program.num_ranks
         costs = Costs(np.zeros((num_ops, num_ranks)), np.zeros((num_ops, num_ranks)), np.zeros((num_ops, len(SOURCES))))
-        projections = [
-            self._price_tokens(place, batch, self._dealt(shapes[place][0]), costs, ops)
-            for place, batch in enumerate(batches)
-        ]
+        projections = [self._price_tokens(place, batch, costs, ops) for place, batch in enumerate(batches)]
         self._put(costs, "host", 0, ops.host_overhead())
-        found = _Standing(costs, projections)
+        found = _Standing(costs, projections, ops.collective_start(self.layout.experts.ep, self.cluster))
         if is_kept and batches[0].phase == "decode":
             self._standing = {key: found}
         return found
 
-    def _price_tokens(
-        self, place: int, batch: Batch, tokens_D: Floats, costs: Costs, ops: Operators
-    ) -> dict[Mixer, Timed]:
+    def _price_tokens(self, place: int, batch: Batch, costs: Costs, ops: Operators) -> dict[Mixer, Timed]:
         """All that neither contexts nor routing change; the projections of attention are returned."""
         h, dtypes, tp = self.model.hidden_size, self.model.dtypes, self._tp
+        tokens_D = self._dealt(batch.members.tokens_D)
         put = partial(self._put, costs, place=place)
         dense = [
             self._matmuls(ops, layer.ffn.matmuls(h, tp), tokens_D, dtypes.dense) + ops.launches(3.0)
@@ -280,7 +214,8 @@ class Forward:
         """What contexts and routing change: attention and experts."""
         put = partial(self._put, costs, place=place)
         for mixer in self._mixers:
-            core = self._attention_core_D(ops, mixer, batch).repeated(self._cp)
+            core = self._attention_core_D(ops, mixer, batch)
+            core = core if self._cp == 1 else core.repeated(self._cp)
             put(mixer, timed=(standing.projections[place][mixer] + core).repeated(self._tp))
         if self._cp > 1:
             exchanged = {mixer: self._exchanged_D(mixer, batch) for mixer in self._mixers}
@@ -289,11 +224,11 @@ class Forward:
             start = ops.collective_start(self._cp * self._tp, self.cluster)
             put("kv_exchange", timed=ops.collective(moving_s) + start, num_bytes=bytes_LR * (1 - 1 / self._cp))
         if self.model.moe_layers and counts is not None:
-            self._price_experts(put, ops, counts)
+            self._price_experts(put, ops, counts, standing.start)
 
     def _dealt(self, amount_D: Floats) -> Floats:
         """What each of the context-parallel ranks of a group has of the group's tokens or requests."""
-        return np.repeat(amount_D, self._cp) / self._cp
+        return amount_D if self._cp == 1 else np.repeat(amount_D, self._cp) / self._cp
 
     def _exchanged_D(self, mixer: Mixer, batch: Batch) -> Floats:
         """Bytes among the context-parallel ranks of a group, one layer and slice.
@@ -304,13 +239,13 @@ class Forward:
         if batch.phase == "prefill":
             heads = min(self._tp, mixer.num_kv_heads) if isinstance(mixer, Attention) else 1
             kv_bytes = BYTES_PER_PARAM[self.model.dtypes.kv]
-            return batch.kept_D(self._dp, mixer.window) * mixer.kv_values_per_token() / heads * kv_bytes
+            return batch.kept_D(mixer.window) * mixer.kv_values_per_token() / heads * kv_bytes
         if isinstance(mixer, LatentAttention):
             width = 2 * mixer.kv_lora_rank + mixer.qk_rope_head_dim
         else:
             assert isinstance(mixer, Attention)
             width = 2 * mixer.head_dim
-        return batch.tokens_D(self._dp) * mixer.num_heads * width / self._tp * self._activation_bytes
+        return batch.members.tokens_D * mixer.num_heads * width / self._tp * self._activation_bytes
 
     @property
     def _activation_bytes(self) -> float:
@@ -326,7 +261,7 @@ class Forward:
         put("reduce_scatter", timed=half, num_bytes=moved)
         put("all_gather", timed=half, num_bytes=moved)
 
-    def _price_experts(self, put: Callable[..., None], ops: Operators, counts: Counts) -> None:
+    def _price_experts(self, put: Callable[..., None], ops: Operators, counts: Counts, start: Timed) -> None:
         ffn, h, dtypes = self.model.experts, self.model.hidden_size, self.model.dtypes
         layer_L: Sequence[int] | slice = slice(None)
         if self._num_drafts:  # they route as the last layer
@@ -335,7 +270,6 @@ class Forward:
         put("experts", timed=experts if self._spread else experts.repeated(self._tp))
         if self._spread:
             sizes = {"dispatch": h * self._dispatch_bytes, "combine": h * self._activation_bytes}
-            start = ops.collective_start(self.layout.experts.ep, self.cluster)
             for name, token_bytes in sizes.items():
                 seconds_LR = self._exchange.seconds_LR(counts, token_bytes, ops.bound, name == "combine")
                 near_LR, far_LR = counts.traffic_CLR[:2] if name == "dispatch" else counts.traffic_CLR[2:]
@@ -352,7 +286,7 @@ class Forward:
 
     def _head_R(self, ops: Operators, batch: Batch) -> Timed:
         """Output head over the last token of each request (and those drafted), cut by tp."""
-        requests_D = self._dealt(batch.requests_D(self._dp)) * batch.queries
+        requests_D = self._dealt(batch.members.requests_D) * batch.queries
         shape = (-(-self.model.vocab_size // self._tp), self.model.hidden_size)
         head = self._matmuls(ops, (shape,), requests_D, self.model.dtypes.embedding)
         return (head + ops.launches(2.0)).repeated(self._tp)
@@ -366,12 +300,12 @@ class Forward:
     def _attention_core_D(self, ops: Operators, mixer: Mixer, batch: Batch) -> Timed:
         """Attention of one layer without its projections, for each data-parallel group (each of its ranks alike)."""
         tp, kv_bytes, h = self._tp, BYTES_PER_PARAM[self.model.dtypes.kv], self.model.hidden_size
-        kept_D, requests_D = batch.kept_D(self._dp, mixer.window), batch.requests_D(self._dp)
+        kept_D, requests_D = batch.kept_D(mixer.window), batch.members.requests_D
         if batch.phase == "decode":  # each rank has its share of every cache
-            kept_D = kept_D / self._cp
+            kept_D = kept_D if self._cp == 1 else kept_D / self._cp
             pairs_D = batch.queries * kept_D
         else:
-            pairs_D = batch.pairs_D(self._dp, mixer.window) / self._cp
+            pairs_D = batch.pairs_D(mixer.window) / self._cp
         cache_bytes = kept_D * mixer.kv_values_per_token() * kv_bytes
         if isinstance(mixer, Attention):
             flops = 4.0 * mixer.num_heads * mixer.head_dim * pairs_D / tp
@@ -383,7 +317,7 @@ class Forward:
         else:
             inner = mixer.expand * h if isinstance(mixer, Mamba) else mixer.num_heads * mixer.value_head_dim
             depth = mixer.state_size if isinstance(mixer, Mamba) else mixer.key_head_dim
-            flops = 6.0 * inner * depth * batch.tokens_D(self._dp) / tp
+            flops = 6.0 * inner * depth * batch.members.tokens_D / tp
             cache_bytes = 2.0 * requests_D * mixer.state_values(h) * kv_bytes / tp
         kv_dtype = self.model.dtypes.kv
         return ops.attention_core(mixer, batch.phase, requests_D, kept_D, flops, cache_bytes, tp, kv_dtype)

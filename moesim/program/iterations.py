@@ -12,10 +12,12 @@ from moesim.layout import Placement
 from moesim.policies import REGISTRIES
 from moesim.policies.collective import ALL_TO_ALLS
 from moesim.policies.placement import PLACEMENTS
+from moesim.program.batch import Batch, Members
 from moesim.program.exchange import Exchange
-from moesim.program.forward import Batch, Forward
+from moesim.program.forward import Forward
 from moesim.program.offload import ExpertStore
 from moesim.program.operation import Costs, Program
+from moesim.program.pipeline import Pipeline, pieces
 from moesim.routing.blocks import Blocks, Windows, trimmed
 from moesim.routing.counting import Counter, Counts
 from moesim.routing.pool import RoutingPool
@@ -56,10 +58,12 @@ class Iterations:
         self.lengths_Q = self.replay.prompt_lengths(workload.num_requests, workload.prompt_tokens)
         self._group_Q = np.arange(workload.num_requests) * layout.attention.dp // workload.num_requests
         self._blocks, self._decode_SQ = self._answers()
-        self._request_B = np.repeat(np.arange(workload.num_requests), 1 + workload.num_speculative_tokens)
+        group_B = np.repeat(self._group_Q, 1 + workload.num_speculative_tokens)
+        self._members = Members(np.arange(workload.num_requests), self._group_Q, group_B, layout.attention.dp)
         self._spread = layout.experts.ep > 1
         self._counter: Counter | None = None
         self._pool: RoutingPool | None = None
+        self._windows_of: dict[Members, Windows] = {}
         slot_params_LRS = np.zeros((0, 0, 0))
         self._ids_TLK = scenario.trace.expert_ids_TLK
         if model.moe_layers:
@@ -67,13 +71,12 @@ class Iterations:
             if layout.num_shared_expert_ranks:
                 num_experts += 1
                 self._ids_TLK = with_shared(self._ids_TLK, num_experts - 1)
-            num_ranks = layout.num_ranks if self._spread else layout.attention.dp * layout.attention.cp
+            num_ranks = layout.attention.num_ranks if self._spread else layout.attention.dp * layout.attention.cp
             node_R = (np.arange(num_ranks) // cluster.devices_per_node).astype(np.int32)
             message = ALL_TO_ALLS[scenario.policies.all_to_all].message or "rank"
             message = message if self._spread else "rank"
             self._counter = Counter(placement, num_experts, num_ranks, node_R, message)
             if self._blocks is not None:
-                self._whole = self._windows(next(self.decode_batches()))
                 self._pool = self._make_pool(self._blocks, placement, num_experts, num_ranks, node_R, message)
             params_E = np.array(
                 [model.experts.expert_params(model.hidden_size, w) for w in model.experts.expert_widths]
@@ -92,10 +95,11 @@ class Iterations:
             cluster, policies.all_to_all, policies.network == "flows", is_played, scenario.faults.slowed
         )
         num_batches, slowdown_R = 2 if policies.two_batch_overlap else 1, scenario.faults.slowdown_R(cluster.num_ranks)
-        self.forward = Forward(
+        stage = Forward(
             model, cluster, layout, slot_params_LRS, expand, self._operators, exchange, num_batches,
-            workload.num_speculative_tokens, slowdown_R,
+            workload.num_speculative_tokens, slowdown_R if layout.pp == 1 else None,
         )  # fmt: skip
+        self.forward: Forward | Pipeline = stage if layout.pp == 1 else Pipeline(stage, layout.pp, slowdown_R)
 
     def _placement(self) -> Placement:
         """Where experts lie, by their load in requests that are not replayed; the shared one's ranks come last."""
@@ -129,8 +133,8 @@ class Iterations:
         """What counts decoding by windows of blocks, where it can, fits and pays; the counts are the same."""
         s = self.scenario
         whole = next(self.decode_batches())
-        batches = [whole, *(whole.halves(s.layout.attention.dp) if s.policies.two_batch_overlap else ())]
-        places_U = np.unique(np.concatenate([blocks.edges(self._windows(batch)) for batch in batches]))
+        batches = [whole, *(whole.halves() if s.policies.two_batch_overlap else ())]
+        places_U = np.unique(np.concatenate([blocks.edges(self._windows(blocks, batch)) for batch in batches]))
         rows_T, top_k = blocks.rows_PM.ravel(), self._ids_TLK.shape[2]
         is_cut = self._ranks_per_group() > 1  # tokens of a rank do not stand side by side
         pays = POOL_PAYS * len(rows_T) <= len(whole.rows_B) * s.workload.num_decodes
@@ -143,14 +147,19 @@ class Iterations:
             self._ids_TLK, rows_T, choice_T, placement, num_experts, num_ranks, node_R, message, places_U
         )
 
-    def _windows(self, batch: Batch) -> Windows:
-        assert self._blocks is not None and batch.request_B is not None
-        return Windows.of(batch.request_B[:: batch.queries], batch.group_Q, self._blocks.num_traced)
+    def _windows(self, blocks: Blocks, batch: Batch) -> Windows:
+        if batch.members not in self._windows_of:
+            self._windows_of[batch.members] = blocks.windows(batch.members.request_Q, batch.members.group_Q)
+        return self._windows_of[batch.members]
 
     def _count_windows(self, pool: RoutingPool, blocks: Blocks, batch: Batch) -> Counts:
-        windows, queries = self._whole if batch.request_B is self._request_B else self._windows(batch), batch.queries
-        first_W = np.concatenate([blocks.places(windows, batch.step + query) for query in range(queries)])
-        return pool.count(np.tile(windows.group_W, queries), first_W, np.tile(windows.requests_W, queries))
+        windows, queries = self._windows(blocks, batch), batch.queries
+        first_W = [blocks.places(windows, batch.step + query) for query in range(queries)]
+        if queries == 1:
+            return pool.count(windows.group_W, first_W[0], windows.requests_W)
+        return pool.count(
+            np.tile(windows.group_W, queries), np.concatenate(first_W), np.tile(windows.requests_W, queries)
+        )
 
     def _ranks_per_group(self) -> int:
         """Expert ranks among which the tokens of a data-parallel group are dealt out."""
@@ -202,17 +211,17 @@ class Iterations:
                     chosen.append(int(queue.pop(0)))
             rows = [self.replay.prompt_rows(q, int(self.lengths_Q[q])) for q in chosen]
             lengths, groups = self.lengths_Q[chosen], self._group_Q[chosen]
-            yield Batch("prefill", lengths, groups, np.concatenate(rows), np.repeat(groups, lengths))
+            members = Members(np.array(chosen), groups, np.repeat(groups, lengths), len(waiting))
+            yield Batch("prefill", lengths, members, np.concatenate(rows))
 
     def decode_batches(self) -> Iterator[Batch]:
         """One batch for each decode iteration."""
         queries, gained = 1 + self.scenario.workload.num_speculative_tokens, self.scenario.workload.tokens_per_decode
-        group_B = np.repeat(self._group_Q, queries)
         for decode in range(self.scenario.workload.num_decodes):
             context_Q, step = self.lengths_Q + int(decode * gained) + 1, decode * queries
             rows = [self._decoded_rows(step + query) for query in range(queries)]
             rows_B = rows[0] if queries == 1 else np.stack(rows, axis=1).ravel()  # those of a request side by side
-            yield Batch("decode", context_Q, self._group_Q, rows_B, group_B, queries, self._request_B, step)
+            yield Batch("decode", context_Q, self._members, rows_B, queries, step)
 
     def _decoded_rows(self, step: int) -> np.ndarray:
         if self._blocks is None:
@@ -234,25 +243,26 @@ class Iterations:
             self.store.begin(whole.load_LRS[:, 0, :], predicted)
             costs = self.forward.price([(batch, None)], self.bound)
             return Iteration(batch.phase, self.forward.program, costs, whole)
-        parts = self.parts(batch) if self.scenario.policies.two_batch_overlap else [(batch, whole)]
+        is_cut = self.scenario.policies.two_batch_overlap or self.scenario.layout.pp > 1
+        parts = self.parts(batch) if is_cut else [(batch, whole)]
         return Iteration(batch.phase, self.forward.program, self.forward.price(parts, self.bound), whole)
 
     def parts(self, batch: Batch) -> list[tuple[Batch, Counts | None]]:
-        """The batches that overlap, or the one that does not, with the counts of their tokens."""
-        two = self.scenario.policies.two_batch_overlap
-        halves = batch.halves(self.scenario.layout.attention.dp) if two else (batch,)
-        return [(half, self._count(half)) for half in halves]
+        """The batches that overlap, or are in a pipeline, or the one that is alone, with the counts of their tokens."""
+        if self.scenario.policies.two_batch_overlap:
+            return [(half, self._count(half)) for half in batch.halves()]
+        return [(piece, self._count(piece)) for piece in pieces(batch, self.scenario.layout.pp)]
 
     def _count(self, batch: Batch) -> Counts | None:
         """Tokens of a batch over expert ranks."""
         if self._counter is None:
             return None
         choice_B = None
-        if self._blocks is not None and batch.request_B is not None:
+        if self._blocks is not None and batch.phase == "decode":
             if self._pool is not None:
                 return self._count_windows(self._pool, self._blocks, batch)
-            choice_B = batch.request_B % self._blocks.num_traced
-        ids_TLK, source_B = self._ids_TLK, batch.group_B.astype(np.int32)
+            choice_B = np.repeat(batch.members.request_Q % self._blocks.num_traced, batch.queries)
+        ids_TLK, source_B = self._ids_TLK, batch.members.group_B.astype(np.int32)
         dealt = self._ranks_per_group()
         source_B = (source_B * dealt + np.arange(source_B.size) % dealt).astype(np.int32)
         counts = self._counter.count(ids_TLK, batch.rows_B, source_B, choice_B)

@@ -21,23 +21,24 @@ def _walk(group_NR, is_alone_N, after_start_N, after, seconds_NR, start_NR, fini
     num_ops, num_ranks = seconds_NR.shape
     ready_G = np.empty(num_ranks)
     for n in range(num_ops):
-        start_R, finish_R, seconds_R, group_R = start_NR[n], finish_NR[n], seconds_NR[n], group_NR[n]
         for i in range(after_start_N[n], after_start_N[n + 1]):
-            before_R = finish_NR[after[i]]
+            before = after[i]
             for r in range(num_ranks):
-                start_R[r] = before_R[r] if before_R[r] > start_R[r] else start_R[r]
+                start, ready = start_NR[n, r], finish_NR[before, r]
+                start_NR[n, r] = ready if ready > start else start
         if not is_alone_N[n]:
             ready_G[:] = 0.0
             for r in range(num_ranks):
-                if group_R[r] >= 0:
-                    ready_G[group_R[r]] = max(ready_G[group_R[r]], start_R[r])
+                group = group_NR[n, r]
+                if group >= 0:
+                    ready_G[group] = max(ready_G[group], start_NR[n, r])
             for r in range(num_ranks):
-                takes_part = group_R[r] >= 0
-                start_R[r] = ready_G[group_R[r]] if takes_part else 0.0
-                finish_R[r] = start_R[r] + seconds_R[r] if takes_part else 0.0
+                group = group_NR[n, r]
+                start_NR[n, r] = ready_G[group] if group >= 0 else 0.0
+                finish_NR[n, r] = start_NR[n, r] + seconds_NR[n, r] if group >= 0 else 0.0
             continue
         for r in range(num_ranks):
-            finish_R[r] = start_R[r] + seconds_R[r]
+            finish_NR[n, r] = start_NR[n, r] + seconds_NR[n, r]
 
 
 @njit(cache=True)

@@ -22,22 +22,14 @@ Rows = NDArray[np.int64]
 class Windows:
     """Requests of one iteration, W runs of neighbours: each of one group, in one turn.
 
-    group_W: data-parallel group; turn_W; first_W: traced request of the first one; requests_W: how many.
+    group_W: data-parallel group; block_W: block that it is in at step 0; first_W: traced request of the first one;
+    requests_W: how many.
     """
 
     group_W: NDArray[np.int64]
-    turn_W: NDArray[np.int64]
+    block_W: NDArray[np.int64]
     first_W: NDArray[np.int64]
     requests_W: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, request_Q: NDArray[np.int64], group_Q: NDArray[np.int64], num_traced: int) -> Windows:
-        """Windows of requests in increasing order."""
-        turn_Q, traced_Q = np.divmod(request_Q, num_traced)
-        starts_Q = (np.diff(request_Q) != 1) | (np.diff(group_Q) != 0) | (np.diff(turn_Q) != 0)
-        starts = np.flatnonzero(np.append(True, starts_Q))
-        requests_W = np.diff(np.append(starts, len(request_Q)))
-        return cls(group_Q[starts], turn_Q[starts], traced_Q[starts], requests_W)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,19 +43,23 @@ class Blocks:
         """M."""
         return int(self.rows_PM.shape[1])
 
-    def _block(self, turn: NDArray[np.int64], step: int) -> NDArray[np.int64]:
-        """Number of the block that each turn is at."""
-        num_blocks = len(self.rows_PM)
-        return (begins(turn, num_blocks) + step) % num_blocks
-
     def rows(self, num_requests: int, step: int) -> Rows:
         """Rows of the requests' tokens at a step: those of `Replay.decode_rows`."""
-        turns = np.arange(-(-num_requests // self.num_traced))
-        return self.rows_PM[self._block(turns, step)].ravel()[:num_requests]
+        num_blocks = len(self.rows_PM)
+        blocks = (begins(np.arange(-(-num_requests // self.num_traced)), num_blocks) + step) % num_blocks
+        return self.rows_PM[blocks].ravel()[:num_requests]
+
+    def windows(self, request_Q: NDArray[np.int64], group_Q: NDArray[np.int64]) -> Windows:
+        """Windows of requests in increasing order."""
+        turn_Q, traced_Q = np.divmod(request_Q, self.num_traced)
+        starts_Q = (np.diff(request_Q) != 1) | (np.diff(group_Q) != 0) | (np.diff(turn_Q) != 0)
+        starts = np.flatnonzero(np.append(True, starts_Q))
+        requests_W = np.diff(np.append(starts, len(request_Q)))
+        return Windows(group_Q[starts], begins(turn_Q[starts], len(self.rows_PM)), traced_Q[starts], requests_W)
 
     def places(self, windows: Windows, step: int) -> NDArray[np.int64]:
         """Where each window begins at a step, in rows of all blocks."""
-        return self._block(windows.turn_W, step) * self.num_traced + windows.first_W
+        return (windows.block_W + step) % len(self.rows_PM) * self.num_traced + windows.first_W
 
     def edges(self, windows: Windows) -> NDArray[np.int64]:
         """Places where the windows may begin or end at any step."""

@@ -94,7 +94,7 @@ class Prepared:
 
     setup: Setup
     scenario: Scenario
-    price: Callable[[Mapping[str, float]], float]
+    price: Callable[..., float]
 
     @classmethod
     def of(cls, setup: Setup, model: ModelSpec, traces: Mapping[str, RoutingTrace]) -> Prepared:
@@ -104,9 +104,9 @@ class Prepared:
         batch = next(steps.prefill_batches() if setup.phase == "prefill" else steps.decode_batches())
         parts, forward, device = steps.parts(batch), steps.forward, scenario.cluster.device
 
-        def price(values: Mapping[str, float]) -> float:
+        def price(values: Mapping[str, float], bound: str = "value") -> float:
             operators = partial(Operators, device, calibration=_calibration(values))
-            return walk(forward.program, forward.price(parts, operators=operators)).seconds
+            return walk(forward.program, forward.price(parts, bound, operators)).seconds
 
         return cls(setup, scenario, price)
 
@@ -139,7 +139,8 @@ def validate_wide_ep(
 
     An interval spans perfect balance and no rebalancing, where experts are rebalanced: how well the statistics fit the
     traffic is not known. On either side stands the error that the fitted row of the same phase had before the fit,
-    `LEAST_ERROR` at least: what the model does not know of itself.
+    `LEAST_ERROR` at least: what the model does not know of itself. On another chip than that of the fitted rows, the
+    interval spans the believed ranges of its efficiencies too.
 
     Args:
         trace: routing; made into the model's shape where it has another one.
@@ -170,6 +171,9 @@ def validate_wide_ep(
             unbalanced = replace(setup, placement="contiguous")
             others = prepare(unbalanced), prepare(replace(unbalanced, routing="even"))
             ends += [other.tokens_per_s(other.price(values)) for other in others]
+        device = mine.scenario.cluster.device
+        if device.flops_per_s != rows["decode"].scenario.cluster.device.flops_per_s:
+            ends += [mine.tokens_per_s(mine.price(values, bound)) for bound in ("low", "high")]
         apart = np.exp(max(abs(float(np.log(before[setup.phase]))), LEAST_ERROR))
         low, high = float(min(ends) / apart), float(max(ends) * apart)
         cases.append(Case(setup.name, setup.reported, found, low, high, setup.fitted, unit="tokens/s"))
@@ -199,5 +203,7 @@ def bus_cases() -> list[Case]:
             num_bytes = 128 * 8 * (1 - 1 / ep) * row_bytes
             start_s = float(Operators(cluster.device).collective_start(ep, cluster).seconds)
             found = [start_s + num_bytes / (cluster.scale_up.bytes_per_s * end) for end in astuple(reached[0])[:3]]
-            cases.append(Case(f"CloudMatrix384, {op} EP{ep}, 128 tokens", seconds, found[0], found[2], found[1]))
+            found_us = [1e6 * x for x in found]
+            name = f"CloudMatrix384, {op} EP{ep}, 128 tokens"
+            cases.append(Case(name, 1e6 * seconds, found_us[0], found_us[2], found_us[1], unit="us"))
     return cases

@@ -53,21 +53,21 @@ SGLANG = "SGLang on 96 H100 (lmsys.org, May 2025)"
 CLOUD = "CloudMatrix-Infer (arXiv 2506.12708)"
 
 _PREFILL_H800 = Setup(
-    "DeepSeek profile, prefill EP32, 4 x 4,096 tokens", "4 x hgx-h800", "prefill", 4, 4096, "even", "contiguous",
+    "DeepSeek profile, prefill EP32, 4K", "4 x hgx-h800", "prefill", 4, 4096, "even", "contiguous",
     reported=7839.0, source=PROFILE, fitted=True,
 )  # fmt: skip
 _DECODE_H800 = Setup(
-    "DeepSeek profile, decode EP128, batch 128 at 4,096", "16 x hgx-h800", "decode", 128, 4096, "even", "contiguous",
+    "DeepSeek profile, decode EP128, 128 at 4K", "16 x hgx-h800", "decode", 128, 4096, "even", "contiguous",
     redundant=0, reported=2324.0, source=PROFILE, fitted=True,
 )  # fmt: skip
 _SGLANG_PREFILL = Setup("SGLang, prefill EP32", "4 x hgx-h100", "prefill", 4, 4096, source=SGLANG)
-_SGLANG_DECODE = Setup("SGLang, decode EP72, batch 256 at 2,000", "9 x hgx-h100", "decode", 256, 2000, source=SGLANG)
+_SGLANG_DECODE = Setup("SGLang, decode EP72, 256 at 2K", "9 x hgx-h100", "decode", 256, 2000, source=SGLANG)
 _CLOUD_DECODE = Setup(
     "CloudMatrix384, decode EP320", "320 of cloudmatrix-384", "decode", 48, 4096, shared_ranks=32, drafts=1,
     acceptance=0.7, dtype="int8", per=2, source=CLOUD,
 )  # fmt: skip
 _CLOUD_PREFILL = Setup(
-    "CloudMatrix384, prefill EP32, 4K prompts", "32 of cloudmatrix-384", "prefill", 2, 4096, dtype="int8", per=2,
+    "CloudMatrix384, prefill EP32, 4K", "32 of cloudmatrix-384", "prefill", 2, 4096, dtype="int8", per=2,
     source=CLOUD, note="there attention is cut by tokens and heads; here it is data-parallel",
 )  # fmt: skip
 
@@ -76,12 +76,12 @@ def _sglang_prefills() -> list[Setup]:
     """16,384 tokens a rank in prompts of 1K, 2K and 4K; what each lever is worth is told at 4K."""
     base, found = _SGLANG_PREFILL, []
     for length, reported in ((1024, None), (2048, 52_300 / 8), (4096, 6288.0)):
-        name = f"{base.name}, prompts of {length // 1024}K"
+        name = f"{base.name}, {length // 1024}K"
         found.append(replace(base, name=name, requests=16384 // length, length=length, reported=reported))
     last = found[-1]
     return [
         *found,
-        replace(last, name=f"{last.name}, perfectly balanced", routing="even", placement="contiguous", reported=None),
+        replace(last, name=f"{last.name}, balanced", routing="even", placement="contiguous", reported=None),
         replace(last, name=f"{last.name}, not rebalanced", placement="contiguous", reported=None),
         replace(last, name=f"{last.name}, one batch", overlap=False, reported=None),
     ]
@@ -91,11 +91,11 @@ def _sglang_decodes() -> list[Setup]:
     base = _SGLANG_DECODE
     return [
         replace(base, reported=22_300 / 8),
-        replace(base, name=f"{base.name}, perfectly balanced", routing="even", placement="contiguous"),
+        replace(base, name=f"{base.name}, balanced", routing="even", placement="contiguous"),
         replace(base, name=f"{base.name}, not rebalanced", placement="contiguous"),
         replace(base, name=f"{base.name}, one batch", overlap=False),
-        replace(base, name="SGLang, decode EP72, batch 32 at 2,000", requests=32),
-        replace(base, name="SGLang, decode EP72, batch 32 at 2,000, one batch", requests=32, overlap=False),
+        replace(base, name="SGLang, decode EP72, 32 at 2K", requests=32),
+        replace(base, name="SGLang, decode EP72, 32 at 2K, one batch", requests=32, overlap=False),
     ]
 
 
@@ -103,16 +103,14 @@ def _cloud() -> list[Setup]:
     prefill, decode = _CLOUD_PREFILL, _CLOUD_DECODE
     return [
         replace(prefill, reported=5655.0),
-        replace(
-            prefill, name=f"{prefill.name}, perfectly balanced", routing="even", placement="contiguous", reported=6688.0
-        ),
+        replace(prefill, name=f"{prefill.name}, balanced", routing="even", placement="contiguous", reported=6688.0),
         replace(prefill, name=f"{prefill.name}, one batch", overlap=False),
-        replace(prefill, name="CloudMatrix384, prefill EP32, 2K prompts", requests=4, length=2048),
-        replace(prefill, name="CloudMatrix384, prefill EP32, 1K prompts", requests=8, length=1024),
-        replace(decode, name=f"{decode.name}, 96 an NPU at 4K", reported=1943.0),
-        replace(decode, name=f"{decode.name}, 96 an NPU at 4K, one batch", overlap=False),
-        replace(decode, name=f"{decode.name}, 24 an NPU at 4K", requests=12),
-        replace(decode, name=f"{decode.name}, 8 an NPU at 4K", requests=4, overlap=False, reported=538.0),
+        replace(prefill, name="CloudMatrix384, prefill EP32, 2K", requests=4, length=2048),
+        replace(prefill, name="CloudMatrix384, prefill EP32, 1K", requests=8, length=1024),
+        replace(decode, name=f"{decode.name}, 96 at 4K", reported=1943.0),
+        replace(decode, name=f"{decode.name}, 96 at 4K, one batch", overlap=False),
+        replace(decode, name=f"{decode.name}, 24 at 4K", requests=12),
+        replace(decode, name=f"{decode.name}, 8 at 4K", requests=4, overlap=False, reported=538.0),
     ]
 
 
@@ -120,21 +118,21 @@ SETUPS = (
     _PREFILL_H800,
     _DECODE_H800,
     Setup(
-        "DeepSeek production, prefill EP32, 16,384 tokens a rank", "4 x hgx-h800", "prefill", 4, 4096,
+        "DeepSeek production, prefill EP32, 4K", "4 x hgx-h800", "prefill", 4, 4096,
         reported=4026.0, source=OVERVIEW, note="full load here, a day's mean there",
     ),
     Setup(
-        "DeepSeek production, decode EP144, batch 128 at 4,989", "18 x hgx-h800", "decode", 128, 4989,
+        "DeepSeek production, decode EP144, 128 at 5K", "18 x hgx-h800", "decode", 128, 4989,
         reported=1850.0, source=OVERVIEW, note="full load here, a day's mean there",
     ),
     Setup(
-        "DeepSeek-V3 report, decode EP320, batch 128 at 4,096", "40 x hgx-h800", "decode", 128, 4096, shared_ranks=32,
+        "DeepSeek-V3 report, decode EP320, 128 at 4K", "40 x hgx-h800", "decode", 128, 4096, shared_ranks=32,
         source="DeepSeek-V3 (arXiv 2412.19437), section 3.4.2: an expert a rank, 64 ranks of copies and shared experts",
     ),
     *_sglang_prefills(),
     *_sglang_decodes(),
     Setup(
-        "SGLang, GB200 NVL72, decode EP48, batch 768 at 2,000", "48 of gb200-nvl72", "decode", 768, 2000,
+        "SGLang GB200, decode EP48, 768 at 2K", "48 of gb200-nvl72", "decode", 768, 2000,
         reported=7583.0, source="SGLang on GB200 NVL72 (lmsys.org, June 2025)", note="the batch is not given there",
     ),
     *_cloud(),
@@ -144,9 +142,9 @@ BUS = (("dispatch", 7168 + 512, {8: 116e-6, 256: 152e-6}), ("combine", 2 * 7168,
 """Operator, bytes of a row (int8 with its scales, bf16), and seconds reported on CloudMatrix384, by ranks."""
 
 _PREFILL_4K, _DECODE_256, _DECODE_32 = (
-    "SGLang, prefill EP32, prompts of 4K",
-    "SGLang, decode EP72, batch 256 at 2,000",
-    "SGLang, decode EP72, batch 32 at 2,000",
+    "SGLang, prefill EP32, 4K",
+    "SGLang, decode EP72, 256 at 2K",
+    "SGLang, decode EP72, 32 at 2K",
 )
 LEVERS = (
     ("rebalancing, prefill", _PREFILL_4K, "not rebalanced", "SGLang reports x1.49"),
@@ -154,9 +152,9 @@ LEVERS = (
     ("two batches, prefill", _PREFILL_4K, "one batch", "SGLang reports x1.27 to x1.35"),
     ("two batches, decode of 256", _DECODE_256, "one batch", ""),
     ("two batches, decode of 32", _DECODE_32, "one batch", ""),
-    ("two batches, CloudMatrix384 prefill", "CloudMatrix384, prefill EP32, 4K prompts", "one batch", "x1.23 to x1.31"),
+    ("two batches, CloudMatrix384 prefill", "CloudMatrix384, prefill EP32, 4K", "one batch", "x1.23 to x1.31"),
     (
-        "two batches, CloudMatrix384 decode of 96", "CloudMatrix384, decode EP320, 96 an NPU at 4K", "one batch",
+        "two batches, CloudMatrix384 decode of 96", "CloudMatrix384, decode EP320, 96 at 4K", "one batch",
         "x1.06 to x1.09",
     ),
 )  # fmt: skip

@@ -103,8 +103,13 @@ def _every_case(validation: Validation) -> Table:
     table = _table(("case", f"measured{shown}", f"predicted{shown}", "90 % interval", "error"))
     for case in validation.cases:
         unit = "" if shown else f" {case.unit}"
-        interval = f"{case.low:.4g} to {case.high:.4g}"
+        interval = f"{_plain(case.low)} to {_plain(case.high)}"
         error = "" if case.error is None else f"{case.error:+.1%}{' fitted' if case.fitted else ''}"
-        measured = "-" if case.measured is None else f"{case.measured:.4g}"
-        table.add_row(escape(case.case), measured, f"{case.predicted:.4g}{unit}", interval, error)
+        measured = "-" if case.measured is None else _plain(case.measured)
+        table.add_row(escape(case.case), measured, f"{_plain(case.predicted)}{unit}", interval, error)
     return table
+
+
+def _plain(value: float) -> str:
+    """Four digits, or whole numbers with commas."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
