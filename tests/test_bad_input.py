@@ -63,7 +63,7 @@ BROKEN = {
     "negative bandwidth": (GOOD.replace('"hgx-h100"', '"machine.toml"'), ["machine.toml", "bytes_per_s", "-450"]),
     "layout that does not divide, and no such policy": (
         GOOD.replace("dp = 8", "dp = 3") + '[policies]\ncache = "lruu"\n',
-        ["dp x tp must equal the 8 devices", "given 3 x 1 = 3", "policies.cache: unknown 'lruu'"],
+        ["dp x cp x tp must equal the 8 devices", "given 3 x 1 x 1 = 3", "policies.cache: unknown 'lruu'"],
     ),
     "weights that do not fit": (
         GOOD.replace("hgx-h100", "rtx-4090").replace("dp = 8", "dp = 1").replace("ep = 8", "ep = 1")
