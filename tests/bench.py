@@ -12,10 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from moesim.estimate import estimate
 from moesim.files.hardware import load_cluster
 from moesim.files.models import load_model
 from moesim.files.scenarios import load_trace
@@ -24,23 +27,35 @@ from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.network.fair import fair_rates
 from moesim.network.routes import Fabric
 from moesim.policies.placement import Contiguous
+from moesim.program import iterations
 from moesim.routing.counting import Counter
 from moesim.routing.generator import Shape, fit_generator
-from moesim.routing.pool import RoutingPool
 from moesim.routing.synthetic import zipf_trace
+from moesim.routing.trace import RoutingTrace
 from moesim.scenario import Scenario
 from moesim.simulate import simulate
 from moesim.workload import Workload
 
-RANKS, TOKENS, ROUNDS = 144, 128, 5
+TOKENS, ROUNDS = 128, 5
+WIDE = 144
 
 
-def wide_scenario(output_tokens: int, trace) -> Scenario:
-    """DeepSeek-V3, EP144 on 18 nodes of eight H800, 128 requests per GPU, 32 redundant experts."""
-    layout = Layout(AttentionGrid(dp=RANKS), ExpertGrid(ep=RANKS), num_redundant_experts=32)
-    workload = Workload(RANKS * TOKENS, output_tokens, prompt_tokens=1)
-    model, cluster = load_model("deepseek-v3"), load_cluster("18 x hgx-h800")
+def wide_scenario(ranks: int, num_decodes: int, trace: RoutingTrace) -> Scenario:
+    """DeepSeek-V3 on nodes of eight H800, spread over all ranks, 128 requests per GPU, 32 redundant experts."""
+    layout = Layout(AttentionGrid(dp=ranks), ExpertGrid(ep=ranks), num_redundant_experts=32)
+    workload = Workload(ranks * TOKENS, num_decodes + 1, prompt_tokens=1)
+    model, cluster = load_model("deepseek-v3"), load_cluster(f"{ranks // 8} x hgx-h800")
     return Scenario("bench", model, cluster, layout, workload, trace)
+
+
+@contextmanager
+def token_by_token() -> Iterator[None]:
+    """Runs without a prefix-summed pool."""
+    kept, iterations.POOL_BYTES = iterations.POOL_BYTES, 0
+    try:
+        yield
+    finally:
+        iterations.POOL_BYTES = kept
 
 
 def seconds(work) -> float:
@@ -49,26 +64,51 @@ def seconds(work) -> float:
     return time.perf_counter() - start
 
 
-def pool_and_sampling(trace) -> dict[str, tuple[float, str]]:
-    """Steps counted from a prefix-summed pool, beside counting the same tokens one by one, and sampling of traces."""
-    ep, windows = 32, 64
-    rng = np.random.default_rng(0)
-    node_R = (np.arange(ep) // 8).astype(np.int32)
-    placement = Contiguous().place(288, ep, 8, np.zeros((58, 256)))
-    rows_T = rng.permutation(trace.num_tokens)[:4096]
-    pool = RoutingPool(trace.expert_ids_TLK, rows_T, placement, 256, ep, node_R)
-    counter = Counter(placement, 256, ep, node_R)
-    first_NR, tokens_R = rng.integers(0, 4096, (windows, ep)), np.full(ep, TOKENS)
-    source_B = np.repeat(np.arange(ep, dtype=np.int32), TOKENS)
-    rows_NB = rows_T[(first_NR[:, :, None] + np.arange(TOKENS)) % 4096].reshape(windows, -1)
-    pool_s, count_s = [], []
-    for first_R, rows_B in zip(first_NR, rows_NB, strict=True):
-        pool_s.append(seconds(lambda first_R=first_R: pool.count(first_R, tokens_R)))
-        count_s.append(seconds(lambda rows_B=rows_B: counter.count(trace.expert_ids_TLK, rows_B, source_B)))
-    figures = {
-        "pool_steps_per_s_ep32": (1 / statistics.median(pool_s), "steps/s"),
-        "counted_steps_per_s_ep32": (1 / statistics.median(count_s), "steps/s"),
-    }
+def two_runs_s(ranks: int, num_decodes: int, trace: RoutingTrace) -> tuple[float, float]:
+    """Seconds of a short run and of one with `num_decodes` more iterations, from scenario to result."""
+    few = num_decodes // 4
+    short_s = seconds(lambda: estimate(wide_scenario(ranks, few, trace)))
+    return short_s, seconds(lambda: estimate(wide_scenario(ranks, few + num_decodes, trace)))
+
+
+def per_s(num_decodes: int, runs: list[tuple[float, float]]) -> float:
+    """Iterations a second: the best of the long runs less the best of the short ones, so without set-up and prefill."""
+    shorts_s, longs_s = zip(*runs, strict=True)
+    return num_decodes / (min(longs_s) - min(shorts_s))
+
+
+def decoding() -> dict[str, tuple[float, str]]:
+    """Whole decode iterations a second, with a prefix-summed pool and token by token, in turns.
+
+    The trace has 1,024 requests of 32 generated tokens (Zipf): 32,768 tokens, which 4,096 or 18,432 requests replay
+    from different places. Iterations come back after 32; nothing is kept of an iteration but the pool. The best of
+    several rounds counts, as others may use the machine.
+    """
+    trace = zipf_trace(58, 256, 8, num_requests=1024, prompt_tokens=1, output_tokens=32)
+    figures: dict[str, tuple[float, str]] = {}
+    for ranks, num_pooled, num_counted in ((32, 800, 64), (WIDE, 200, 24)):
+        simulate(wide_scenario(ranks, 100, trace))  # compile
+        pooled, counted = [], []
+        for _ in range(ROUNDS):
+            pooled.append(two_runs_s(ranks, num_pooled, trace))
+            with token_by_token():
+                counted.append(two_runs_s(ranks, num_counted, trace))
+        rate, plain_rate = per_s(num_pooled, pooled), per_s(num_counted, counted)
+        figures[f"decode_iterations_per_s_ep{ranks}"] = (rate, "iterations/s")
+        figures[f"decode_tokens_per_s_ep{ranks}"] = (rate * ranks * TOKENS, "tokens/s")
+        figures[f"counted_decode_iterations_per_s_ep{ranks}"] = (plain_rate, "iterations/s")
+        figures[f"pool_to_counted_ratio_ep{ranks}"] = (rate / plain_rate, "")
+        run_s = min(seconds(lambda r=ranks: simulate(wide_scenario(r, 1000, trace))) for _ in range(2))
+        figures[f"simulate_1000_decodes_ep{ranks}_s"] = (run_s, "s")
+        steps = iterations.Iterations(wide_scenario(ranks, 200, trace))
+        taken = [seconds(lambda b=batch, s=steps: s.parts(b)) for batch in steps.decode_batches()]
+        figures[f"pool_steps_per_s_ep{ranks}"] = (1 / statistics.median(taken), "steps/s")
+    return figures
+
+
+def sampling() -> dict[str, tuple[float, str]]:
+    """Sampling of traces."""
+    figures = {}
     generator = fit_generator(load_trace("olmoe-shape-16x64"))
     for name, shape in (("", None), ("_58x256", Shape(58, 256, 8))):
         rates = []
@@ -113,28 +153,17 @@ def fair_shares() -> dict[str, tuple[float, str]]:
 def main() -> None:
     """Measure, print, write."""
     figures: dict[str, tuple[float, str]] = {}
-    # A pool of 18,432 requests, so that every token of an iteration has a routing of its own.
-    trace = zipf_trace(58, 256, 8, num_requests=RANKS * TOKENS, prompt_tokens=1, output_tokens=1)
-    simulate(wide_scenario(2, trace))  # compile
-    short, long = 3, 33
-    rates = []
-    for _ in range(ROUNDS):  # the difference of two runs leaves set-up and prefill out
-        extra_s = seconds(lambda: simulate(wide_scenario(long, trace))) - seconds(
-            lambda: simulate(wide_scenario(short, trace))
-        )
-        rates.append((long - short) / extra_s)
-    figures["decode_iterations_per_s_ep144"] = (statistics.median(rates), "iterations/s")
-    figures["decode_tokens_per_s_ep144"] = (statistics.median(rates) * RANKS * TOKENS, "tokens/s")
-
-    counter = Counter(
-        Contiguous().place(288, RANKS, 8, np.zeros((58, 256))), 256, RANKS, (np.arange(RANKS) // 8).astype(np.int32)
-    )
-    rows_B = np.random.default_rng(0).permutation(trace.num_tokens)[: RANKS * TOKENS]
-    source_B = (np.arange(RANKS * TOKENS) % RANKS).astype(np.int32)
+    figures.update(decoding())
+    # 18,432 requests, so that every token of an iteration has a routing of its own.
+    trace = zipf_trace(58, 256, 8, num_requests=WIDE * TOKENS, prompt_tokens=1, output_tokens=1)
+    placement = Contiguous().place(288, WIDE, 8, np.zeros((58, 256)))
+    counter = Counter(placement, 256, WIDE, (np.arange(WIDE) // 8).astype(np.int32))
+    rows_B = np.random.default_rng(0).permutation(trace.num_tokens)[: WIDE * TOKENS]
+    source_B = (np.arange(WIDE * TOKENS) % WIDE).astype(np.int32)
     times = [seconds(lambda: counter.count(trace.expert_ids_TLK, rows_B, source_B)) for _ in range(20)]
     figures["count_step_ep144_ms"] = (1e3 * statistics.median(times), "ms")
     figures["bench_peak_memory_gb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "GB")
-    figures.update(pool_and_sampling(trace))
+    figures.update(sampling())
     figures.update(opening())
     figures.update(fair_shares())
 

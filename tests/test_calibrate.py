@@ -23,7 +23,8 @@ from moesim.calibrate.serving import predict_tpot_s, predict_with, price_runs, t
 from moesim.cli import cli
 from moesim.costs.calibration import CONSTANTS, NAMES, starting_values, with_measured_gap
 from moesim.files.profiles.calibrated import load_calibration, write_calibration
-from moesim.files.runs import Run, read_runs
+from moesim.files.runs import Run
+from moesim.files.runs_layouts import read_runs
 from moesim.validate.cases import summary
 from moesim.validate.serving import plain_roofline, validate_serving
 

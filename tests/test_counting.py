@@ -78,49 +78,73 @@ def test_other_messages_are_those_of_the_algorithms(message, ep, redundant, seed
         np.testing.assert_array_equal(counts.traffic_CLR[:, layer], expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(PLACEMENTS)),
     st.sampled_from([2, 4]),
     st.integers(1, 2),
     st.sampled_from([0, 4]),
+    st.sampled_from(["rank", "choice"]),
+    st.booleans(),
     st.integers(0, 9),
 )
-def test_windows_of_the_pool_equal_a_plain_twin(name, ep, num_groups, redundant, seed):
+def test_windows_of_the_pool_equal_token_by_token(name, ep, num_groups, redundant, message, chained, seed):
     num_ranks = ep * num_groups
     trace = zipf_trace(3, 8, 2, num_requests=6, prompt_tokens=3, output_tokens=2, seed=seed)
     placement = PLACEMENTS[name]().place(8 + redundant, ep, 4, np.ones((3, 8)))
     node_R = (np.arange(num_ranks) // 2).astype(np.int32)
     rng = np.random.default_rng(seed)
-    rows_T = rng.permutation(trace.num_tokens)
-    pool = RoutingPool(trace.expert_ids_TLK, rows_T, placement, 8, num_ranks, node_R)
-    first_R, tokens_R = rng.integers(0, 30, num_ranks), rng.integers(0, 31, num_ranks)  # empty, whole, past the end
-    counts = pool.count(first_R, tokens_R)
-    places_B = np.concatenate([(f + np.arange(n)) % 30 for f, n in zip(first_R, tokens_R, strict=True)])
-    source_B = np.repeat(np.arange(num_ranks), tokens_R)
-    ids_BLK = trace.expert_ids_TLK[rows_T[places_B]]
-    load, traffic = plain_counts(counts, ids_BLK, source_B, places_B, placement, node_R)
-    np.testing.assert_array_equal(counts.load_LRS, load)
-    np.testing.assert_array_equal(counts.traffic_CLR, traffic)
+    rows_T, choice_T = rng.integers(0, trace.num_tokens, 40), rng.integers(0, 9, 40)
+    source_W = np.sort(rng.integers(0, num_ranks, 7))  # some ranks have several windows, some none
+    edges = np.sort(rng.integers(0, 41, 8))
+    first_W, tokens_W = edges[:-1], np.diff(edges)  # empty ones among them
+    if not chained:
+        order = rng.permutation(7)
+        first_W, tokens_W = first_W[order], tokens_W[order]
+    places_U = np.unique(edges)
+    pool = RoutingPool(
+        trace.expert_ids_TLK, rows_T, choice_T, placement, 8, num_ranks, node_R, message, places_U
+    )  # fmt: skip
+    counts = pool.count(source_W, first_W, tokens_W)
+    places_B = np.concatenate([f + np.arange(n) for f, n in zip(first_W, tokens_W, strict=True)])
+    source_B, choice_B = np.repeat(source_W, tokens_W).astype(np.int32), choice_T[places_B]
+    counter = Counter(placement, 8, num_ranks, node_R, message)
+    wanted = counter.count(trace.expert_ids_TLK, rows_T[places_B], source_B, choice_B)
+    np.testing.assert_array_equal(counts.load_LRS, wanted.load_LRS)
+    np.testing.assert_array_equal(counts.traffic_CLR, wanted.traffic_CLR)
+    if message == "rank":
+        ids_BLK = trace.expert_ids_TLK[rows_T[places_B]]
+        load, traffic = plain_counts(counts, ids_BLK, source_B, choice_B, placement, node_R)
+        np.testing.assert_array_equal(counts.load_LRS, load)
+        np.testing.assert_array_equal(counts.traffic_CLR, traffic)
+
+
+def one_expert_pool(num_tokens, places, message="rank"):
+    """Tokens that all choose expert 0, on rank 0 of two."""
+    ids_TLK = np.zeros((num_tokens, 1, 1), np.uint8)
+    placement, rows_T = PLACEMENTS["contiguous"]().place(2, 2, 2, np.zeros((1, 2))), np.arange(num_tokens)
+    return RoutingPool(ids_TLK, rows_T, rows_T, placement, 2, 2, np.zeros(2, np.int32), message, np.array(places))
 
 
 def test_totals_that_wrap_around_leave_windows_exact():
-    """A pool of more than 2^16 tokens that all choose the same expert: its totals pass 2^16."""
-    ids_TLK = np.zeros((70_000, 1, 1), np.uint8)
-    placement = PLACEMENTS["contiguous"]().place(2, 2, 2, np.zeros((1, 2)))
-    pool = RoutingPool(ids_TLK, np.arange(70_000), placement, 2, 2, np.zeros(2, np.int32))
-    for first, tokens in ((0, 65_535), (65_500, 100), (69_990, 20)):
-        counts = pool.count(np.array([0, first]), np.array([0, tokens]))
+    """A pool of more than 2^16 tokens of one expert: its totals pass 2^16, and so do windows that follow each other."""
+    pool = one_expert_pool(140_000, [0, 100, 65_535, 65_600, 131_100, 140_000])
+    for first, tokens in ((0, 65_535), (65_535, 65), (65_600, 65_500), (131_100, 8_900)):
+        counts = pool.count(np.array([1]), np.array([first]), np.array([tokens]))
         assert counts.load_LRS[0, 0, 0] == tokens and counts.traffic_CLR[0, 0, 1] == tokens
+    counts = pool.count(np.array([0, 1]), np.array([0, 65_535]), np.array([65_535, 65]))
+    assert counts.load_LRS[0, 0, 0] == 65_600 and counts.traffic_CLR[0, 0].tolist() == [0, 65]
+    counts = pool.count(np.array([0, 1, 1]), np.array([100, 65_600, 131_100]), np.array([65_435, 65_500, 8_900]))
+    assert counts.load_LRS[0, 0, 0] == 65_435 + 65_500 + 8_900
 
 
 def test_windows_outside_the_pool_are_refused():
-    ids_TLK = np.zeros((10, 1, 1), np.uint8)
-    placement = PLACEMENTS["contiguous"]().place(2, 2, 2, np.zeros((1, 2)))
-    pool = RoutingPool(ids_TLK, np.arange(10), placement, 2, 2, np.zeros(2, np.int32))
-    for first, tokens in ((10, 1), (-1, 1), (0, 11), (0, -1)):
-        with pytest.raises(ValueError, match=r"windows must start in 0\.\.9 and hold at most 10 tokens"):
-            pool.count(np.array([0, first]), np.array([0, tokens]))
+    pool = one_expert_pool(10, [0, 5, 10])
+    for first, tokens in ((10, 5), (-5, 5), (0, 11), (5, -5), (0, 4), (3, 2)):
+        with pytest.raises(ValueError, match=r"windows must lie in 0\.\.10, hold 0\.\.65535 tokens"):
+            pool.count(np.array([0]), np.array([first]), np.array([tokens]))
+    with pytest.raises(ValueError, match="by rank or by choice, given 'node'"):
+        one_expert_pool(10, [0, 10], "node")
 
 
 def test_a_placement_without_a_home_for_an_expert_is_refused():

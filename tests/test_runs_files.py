@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.cli import cli
-from moesim.files.runs import read_runs
+from moesim.files.runs_layouts import read_runs
 from moesim.files.runs_profiler import covered, kernel_class, read_profile
 
 QUICKSTART = str(Path(__file__).parents[1] / "studies" / "quickstart.toml")

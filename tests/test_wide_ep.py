@@ -46,14 +46,16 @@ def test_two_batches_hold_every_token_once_and_share_each_group(requests, querie
     for phase in ("prefill", "decode"):
         each = lengths_Q if phase == "prefill" else np.full(len(group_Q), queries)
         rows_B = np.arange(each.sum())
-        members = Members(np.arange(len(group_Q)), group_Q, np.repeat(group_Q, each), 4)
-        batch = Batch(phase, lengths_Q, members, rows_B, queries)
+        members = Members(np.arange(len(group_Q)), lengths_Q, group_Q, np.repeat(group_Q, each), 4)
+        batch = Batch(phase, members, rows_B, queries)
         one, two = batch.halves()
         assert sorted([*one.rows_B, *two.rows_B]) == rows_B.tolist()
-        assert sorted([*one.lengths_Q, *two.lengths_Q]) == sorted(lengths_Q)
+        assert sorted([*one.members.lengths_Q, *two.members.lengths_Q]) == sorted(lengths_Q)
         assert (one.queries, two.queries) == (queries, queries)
         for half in (one, two):
-            assert len(half.rows_B) == (half.lengths_Q.sum() if phase == "prefill" else queries * len(half.lengths_Q))
+            assert len(half.rows_B) == (
+                sum(half.members.lengths_Q) if phase == "prefill" else queries * len(half.members.lengths_Q)
+            )
         tokens_DH = np.stack([np.bincount(half.members.group_B, minlength=4) for half in (one, two)], axis=1)
         assert (np.abs(np.diff(tokens_DH, axis=1))[:, 0] <= each.max()).all()
 

@@ -57,7 +57,7 @@ def calibrate_command(
     from moesim.calibrate.serving import price_runs, roofline_kernels
     from moesim.costs.calibration import CONSTANTS, with_measured_gap
     from moesim.files.profiles.calibrated import write_calibration
-    from moesim.files.runs import read_runs
+    from moesim.files.runs_layouts import read_runs
     from moesim.files.runs_profiler import read_profile
 
     read = with_recipes(read_runs(runs, _facts(facts)), load_recipes(recipes))

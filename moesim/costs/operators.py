@@ -121,7 +121,8 @@ class Operators:
             return self._calibrated(self._measured(found, load_LRS.sum(axis=-1) > 0), "experts_factor")
         seconds = compute.experts_s(load_LRS, params_LRS, hidden_size, self.device, weight_dtype, self.bound)
         grouped = self._calibrated(self._roofline(seconds, "grouped_gemm"), "experts_factor")
-        return grouped + self.launches(2.0 * (summed_slots(load_LRS) > 0))
+        busy_LR = (summed_slots(load_LRS) > 0).astype(np.float64)
+        return grouped + self.launches(2.0 if busy_LR.all() else 2.0 * busy_LR)
 
     def attention_core(
         self, mixer: Mixer, phase: str, requests: Floats, tokens: Floats, flops: Floats, num_bytes: Floats, tp: int,

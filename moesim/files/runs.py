@@ -1,7 +1,6 @@
 """Real serving runs as rows: what was deployed, what was asked of it, and the time per output token that came out.
 
-`read_runs` tells the layout of a file from its name and first bytes; each layout is one reader, in this module or in
-`moesim.files.runs_benchmarks`.
+Here the tables of aiconfigurator's layout; `moesim.files.runs_benchmarks` has others, `moesim.files.runs_layouts` all.
 """
 
 from __future__ import annotations
@@ -90,30 +89,6 @@ SIZES = ("tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
 _TEXTS = ("id", "backend", "model_path", "system", "mode")
 _OPTIONAL_TEXTS = ("backend_version", "measured", "silicon_data_source", "moe_quant_mode")
 _NUMBERS = ("isl", "osl", "silicon_concurrency", "silicon_tpot_ms")
-
-
-def read_runs(path: str | Path, facts: Mapping[str, Any] | None = None) -> list[Run]:
-    """Read runs in any known layout: Parquet or CSV of serving runs, JSON or JSON lines of a benchmark or of moesim.
-
-    Args:
-        path: a file, or a folder of them.
-        facts: of all runs, for layouts that leave them out ("system", "tp_size", ...).
-
-    Raises:
-        ValueError: one message with every mistake.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix in (".parquet", ".csv", ".json", ".jsonl"))
-        raise_all(str(path), [] if found else ["no .parquet, .csv, .json or .jsonl file of runs in it"])
-        return [run for file in found for run in read_runs(file, facts)]
-    if path.suffix in (".parquet", ".csv"):
-        return read_serving_runs(path)
-    if path.suffix in (".json", ".jsonl"):
-        from moesim.files.runs_benchmarks import read_benchmark_runs
-
-        return read_benchmark_runs(path, facts or {})
-    raise ValueError(f"{path}: runs must be .parquet, .csv, .json or .jsonl, not {path.suffix or 'without a suffix'!r}")
 
 
 def read_serving_runs(path: str | Path) -> list[Run]:

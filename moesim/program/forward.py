@@ -46,6 +46,9 @@ def _evenly(rows: list[int]) -> slice | NDArray[np.int64]:
     return slice(rows[0], rows[-1] + 1, *steps) if len(steps) == 1 else np.array(rows)
 
 
+_MOST_STANDING = 64  # parts of a batch, at most so many of which are on the way at once
+
+
 @dataclass(frozen=True, eq=False)
 class _Standing:
     """What iterations share that have as many tokens and requests in each group.
@@ -120,7 +123,7 @@ class Forward:
             lowering.rows["host", 0] = [draft.add("host", -1, "host", after=last)]
         mixers = [layer.mixer for layer in self._layers if layer.mixer]
         self._mixers = tuple(dict.fromkeys(mixers))
-        rows: dict[tuple[str | Mixer, int], list[int]] = {**lowering.rows}
+        rows: dict[tuple[str | Mixer, int], list[int]] = dict(lowering.rows.items())
         for mixer, place in itertools.product(self._mixers, range(self._num_batches)):
             attention = zip(mixers, lowering.rows["attention", place], strict=True)
             rows[mixer, place] = [op for other, op in attention if other == mixer]
@@ -146,12 +149,17 @@ class Forward:
         costs = standing.costs.copy()
         for place, (batch, counts) in enumerate(parts):
             self._price_batch(place, batch, counts, costs, ops, standing)
+        if self._slowed_R is not None:
+            costs.seconds_NR[self._computing] *= self._slowed_R
+        return costs
+
+    @cached_property
+    def _slowed_R(self) -> Floats | None:
+        """Factor on the computation of each rank, if there is any."""
         slowed_R = np.ones(self.program.num_ranks) if self._slowdown_R is None else self._slowdown_R
         if self._num_batches > 1:  # cores that communicate do not compute
             slowed_R = slowed_R / (1 - self._exchange.sm_fraction)
-        if (slowed_R != 1).any():
-            costs.seconds_NR[self._computing] *= slowed_R
-        return costs
+        return slowed_R if (slowed_R != 1).any() else None
 
     @cached_property
     def _computing(self) -> list[int]:
@@ -168,7 +176,7 @@ class Forward:
 
     def _stand(self, batches: Sequence[Batch], ops: Operators, is_kept: bool) -> _Standing:
         """Prices for the batches' members; those of decoding stay."""
-        key = (ops.bound, *(batch.members for batch in batches))
+        key: tuple[str | Members, ...] = (ops.bound, *(batch.members for batch in batches))
         if is_kept and (found := self._standing.get(key)) is not None:
             return found
         num_ops, num_ranks = len(self.program.operations), self.program.num_ranks
@@ -177,7 +185,9 @@ class Forward:
         self._put(costs, "host", 0, ops.host_overhead())
         found = _Standing(costs, projections, ops.collective_start(self.layout.experts.ep, self.cluster))
         if is_kept and batches[0].phase == "decode":
-            self._standing = {key: found}
+            if len(self._standing) >= _MOST_STANDING:
+                self._standing.clear()
+            self._standing[key] = found
         return found
 
     def _price_tokens(self, place: int, batch: Batch, costs: Costs, ops: Operators) -> dict[Mixer, Timed]:

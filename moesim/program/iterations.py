@@ -17,7 +17,7 @@ from moesim.program.exchange import Exchange
 from moesim.program.forward import Forward
 from moesim.program.offload import ExpertStore
 from moesim.program.operation import Costs, Program
-from moesim.program.pipeline import Pipeline, pieces
+from moesim.program.pipeline import Pipeline
 from moesim.routing.blocks import Blocks, Windows, trimmed
 from moesim.routing.counting import Counter, Counts
 from moesim.routing.pool import RoutingPool
@@ -59,7 +59,9 @@ class Iterations:
         self._group_Q = np.arange(workload.num_requests) * layout.attention.dp // workload.num_requests
         self._blocks, self._decode_SQ = self._answers()
         group_B = np.repeat(self._group_Q, 1 + workload.num_speculative_tokens)
-        self._members = Members(np.arange(workload.num_requests), self._group_Q, group_B, layout.attention.dp)
+        self._members = Members(
+            np.arange(workload.num_requests), self.lengths_Q, self._group_Q, group_B, layout.attention.dp
+        )
         self._spread = layout.experts.ep > 1
         self._counter: Counter | None = None
         self._pool: RoutingPool | None = None
@@ -124,7 +126,9 @@ class Iterations:
             per_group = max(1, w.num_requests // self.scenario.layout.attention.dp)
             answers = trimmed(answers, w.num_requests, num_steps, w.routing_pool_tokens, per_group)
         if len({len(rows) for rows in answers}) == 1:
-            return Blocks(np.stack(answers, axis=1)), np.zeros((0, w.num_requests), np.int64)
+            blocks = Blocks(np.stack(answers, axis=1))
+            self._turns = blocks.turns(w.num_requests)
+            return blocks, np.zeros((0, w.num_requests), np.int64)
         return None, self.replay.decode_rows(w.num_requests, num_steps)
 
     def _make_pool(
@@ -133,12 +137,13 @@ class Iterations:
         """What counts decoding by windows of blocks, where it can, fits and pays; the counts are the same."""
         s = self.scenario
         whole = next(self.decode_batches())
-        batches = [whole, *(whole.halves() if s.policies.two_batch_overlap else ())]
+        batches = [whole, *self._cut(whole)]
         places_U = np.unique(np.concatenate([blocks.edges(self._windows(blocks, batch)) for batch in batches]))
         rows_T, top_k = blocks.rows_PM.ravel(), self._ids_TLK.shape[2]
         is_cut = self._ranks_per_group() > 1  # tokens of a rank do not stand side by side
         pays = POOL_PAYS * len(rows_T) <= len(whole.rows_B) * s.workload.num_decodes
-        fits = RoutingPool.bytes_of(len(places_U), *placement.slot_expert_LP.shape, placement.ep) <= POOL_BYTES
+        num_layers, num_slots = placement.slot_expert_LP.shape
+        fits = RoutingPool.bytes_of(len(places_U), num_layers, num_slots, placement.ep) <= POOL_BYTES
         can = not is_cut and message != "node" and s.policies.network != "flows"
         if not (can and pays and fits and blocks.num_traced <= RoutingPool.most_tokens(message, top_k)):
             return None
@@ -211,22 +216,22 @@ class Iterations:
                     chosen.append(int(queue.pop(0)))
             rows = [self.replay.prompt_rows(q, int(self.lengths_Q[q])) for q in chosen]
             lengths, groups = self.lengths_Q[chosen], self._group_Q[chosen]
-            members = Members(np.array(chosen), groups, np.repeat(groups, lengths), len(waiting))
-            yield Batch("prefill", lengths, members, np.concatenate(rows))
+            members = Members(np.array(chosen), lengths, groups, np.repeat(groups, lengths), len(waiting))
+            yield Batch("prefill", members, np.concatenate(rows))
 
     def decode_batches(self) -> Iterator[Batch]:
         """One batch for each decode iteration."""
         queries, gained = 1 + self.scenario.workload.num_speculative_tokens, self.scenario.workload.tokens_per_decode
         for decode in range(self.scenario.workload.num_decodes):
-            context_Q, step = self.lengths_Q + int(decode * gained) + 1, decode * queries
+            step, grown = decode * queries, int(decode * gained) + 1
             rows = [self._decoded_rows(step + query) for query in range(queries)]
             rows_B = rows[0] if queries == 1 else np.stack(rows, axis=1).ravel()  # those of a request side by side
-            yield Batch("decode", context_Q, self._members, rows_B, queries, step)
+            yield Batch("decode", self._members, rows_B, queries, step, grown)
 
     def _decoded_rows(self, step: int) -> np.ndarray:
         if self._blocks is None:
             return np.asarray(self._decode_SQ[step])
-        return self._blocks.rows(self.scenario.workload.num_requests, step)
+        return self._blocks.rows(self._turns, self.scenario.workload.num_requests, step)
 
     def __iter__(self) -> Iterator[Iteration]:
         for batch in self.prefill_batches():
@@ -249,9 +254,13 @@ class Iterations:
 
     def parts(self, batch: Batch) -> list[tuple[Batch, Counts | None]]:
         """The batches that overlap, or are in a pipeline, or the one that is alone, with the counts of their tokens."""
+        return [(part, self._count(part)) for part in self._cut(batch)]
+
+    def _cut(self, batch: Batch) -> list[Batch]:
+        pp = self.scenario.layout.pp
         if self.scenario.policies.two_batch_overlap:
-            return [(half, self._count(half)) for half in batch.halves()]
-        return [(piece, self._count(piece)) for piece in pieces(batch, self.scenario.layout.pp)]
+            return batch.halves()
+        return [batch] if pp == 1 else batch.pieces(pp)
 
     def _count(self, batch: Batch) -> Counts | None:
         """Tokens of a batch over expert ranks."""

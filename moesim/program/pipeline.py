@@ -27,23 +27,6 @@ Floats = NDArray[np.float64]
 Parts = Sequence[tuple[Batch, Counts | None]]
 
 
-def pieces(batch: Batch, number: int) -> list[Batch]:
-    """The requests of each group in so many batches, the first ones first."""
-    members = batch.members
-    order, place_Q = np.argsort(members.group_Q, kind="stable"), np.empty(len(members.group_Q), np.int64)
-    sizes_D = members.requests_D.astype(np.int64)
-    place_Q[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes_D) - sizes_D, sizes_D)
-    piece_Q = place_Q * number // np.maximum(sizes_D[members.group_Q], 1)
-    piece_B = np.repeat(piece_Q, batch.lengths_Q if batch.phase == "prefill" else batch.queries)
-    return [
-        replace(
-            batch, lengths_Q=batch.lengths_Q[piece_Q == n], rows_B=batch.rows_B[piece_B == n],
-            members=members.part(piece_Q == n, piece_B == n),
-        )
-        for n in range(number)
-    ]  # fmt: skip
-
-
 class Pipeline:
     """A belt of stages, as a program over all ranks, stage after stage.
 
@@ -102,7 +85,7 @@ class Pipeline:
                 mine = {stage: ids[stage][k] for stage in stages}
                 some = operations[next(iter(mine.values()))]
                 assert isinstance(some, Operation)
-                waits = {outer[a] if a in outer else -1 for n in mine.values() for a in operations[n].after}
+                waits = {outer.get(a, -1) for n in mine.values() for a in operations[n].after}
                 after = [*sorted(waits - {-1}), *(before if -1 in waits or not waits else [])]
                 source = [mine.get(stage, -1) for stage in range(self._num_stages)]
                 op = self._add(draft, turn, replace(some, layer=layer), source, after)

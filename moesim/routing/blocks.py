@@ -43,11 +43,13 @@ class Blocks:
         """M."""
         return int(self.rows_PM.shape[1])
 
-    def rows(self, num_requests: int, step: int) -> Rows:
+    def turns(self, num_requests: int) -> NDArray[np.int64]:
+        """Block that each turn is at before the first step."""
+        return begins(np.arange(-(-num_requests // self.num_traced)), len(self.rows_PM))
+
+    def rows(self, turns: NDArray[np.int64], num_requests: int, step: int) -> Rows:
         """Rows of the requests' tokens at a step: those of `Replay.decode_rows`."""
-        num_blocks = len(self.rows_PM)
-        blocks = (begins(np.arange(-(-num_requests // self.num_traced)), num_blocks) + step) % num_blocks
-        return self.rows_PM[blocks].ravel()[:num_requests]
+        return self.rows_PM[(turns + step) % len(self.rows_PM)].ravel()[:num_requests]
 
     def windows(self, request_Q: NDArray[np.int64], group_Q: NDArray[np.int64]) -> Windows:
         """Windows of requests in increasing order."""

@@ -42,12 +42,20 @@ def _accumulate(ids_TLK, rows_T, choice_T, slot_LXE, rank_P, every, kept_T, sent
 
 
 @njit(cache=True)
-def _read(sent_LUE, slots_LUP, source_W, low_W, high_W, tokens_W, far_RE, load_LGP, traffic_CLR):  # type: ignore[no-untyped-def]
-    """Add the windows from row `low` to row `high`, each sent by a source rank.
+def _read(sent_LUE, slots_LUP, row_T, source_W, first_W, tokens_W, most, far_RE, load_LGP, traffic_CLR):  # type: ignore[no-untyped-def]
+    """Add the windows, each sent by a source rank.
 
     The inner loops run over whole rows of arrays that start at 0, so that they become vector instructions; views of
-    arrays are made once a layer, since each costs as much as a row.
+    arrays are made once a layer, since each costs as much as a row. False, and nothing added, where a window is none.
     """
+    low_W, high_W = np.empty_like(first_W), np.empty_like(first_W)
+    for w in range(source_W.size):
+        first, tokens = first_W[w], tokens_W[w]
+        if first < 0 or tokens < 0 or tokens > most or first + tokens >= row_T.size:
+            return False
+        low_W[w], high_W[w] = row_T[first], row_T[first + tokens]
+        if low_W[w] < 0 or high_W[w] < 0:
+            return False
     num_layers, ep, num_slots = sent_LUE.shape[0], sent_LUE.shape[2], slots_LUP.shape[2]
     window_E, window_P = np.empty(ep, np.uint16), np.empty(num_slots, np.uint16)
     received_E, beyond_E = np.empty(ep, np.int32), np.empty(ep, np.int32)
@@ -88,6 +96,7 @@ def _read(sent_LUE, slots_LUP, source_W, low_W, high_W, tokens_W, far_RE, load_L
                     traffic_CR[3, group * ep + r] += beyond_E[r]
                 received_E[:] = 0
                 beyond_E[:] = 0
+    return True
 
 
 class RoutingPool:
@@ -162,18 +171,15 @@ class RoutingPool:
             ValueError: a window does not lie in the pool, holds more than totals can tell, or begins or ends at a place
                 that was not kept.
         """
-        last_W, num_tokens = first_W + tokens_W, len(self._row_T) - 1
-        if first_W.min() < 0 or last_W.max() > num_tokens or tokens_W.min() < 0 or tokens_W.max() > self._most:
-            raise ValueError(
-                f"windows must lie in 0..{num_tokens} and hold at most {self._most} tokens; given "
-                f"{first_W.min()}..{last_W.max()}, tokens {tokens_W.min()}..{tokens_W.max()}"
-            )
-        low_W, high_W = self._row_T[first_W], self._row_T[last_W]
-        if min(low_W.min(), high_W.min()) < 0:
-            raise ValueError("a window begins or ends where the pool kept no totals; name the place in places_U")
         load_LGP = np.zeros((self.num_layers, self._num_ranks // self._ep, self._num_slots), np.int32)
         traffic_CLR = np.zeros((4, self.num_layers, self._num_ranks), np.int32)
-        _read(
-            self._sent_LUE, self._slots_LUP, source_W, low_W, high_W, tokens_W, self._far_RE, load_LGP, traffic_CLR
-        )  # fmt: skip
+        if not _read(
+            self._sent_LUE, self._slots_LUP, self._row_T, source_W, first_W, tokens_W, self._most, self._far_RE,
+            load_LGP, traffic_CLR,
+        ):  # fmt: skip
+            raise ValueError(
+                f"windows must lie in 0..{len(self._row_T) - 1}, hold 0..{self._most} tokens, begin and end at "
+                f"places_U; given places {first_W.min()}..{(first_W + tokens_W).max()}, tokens {tokens_W.min()}.."
+                f"{tokens_W.max()}"
+            )
         return Counts(load_LGP.reshape(self.num_layers, self._num_ranks, -1), traffic_CLR)

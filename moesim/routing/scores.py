@@ -12,6 +12,20 @@ from moesim.routing.trace import RoutingTrace
 _BLOCK = 4096
 
 
+def gate_weights_TE(trace: RoutingTrace, layer: int) -> NDArray[np.float64]:
+    """Gate weights of one layer by expert, [T, E]; 0 for those that a token did not choose.
+
+    Raises:
+        ValueError: the trace has no gate weights.
+    """
+    if trace.weights_TLK is None:
+        raise ValueError(f"trace {trace.name!r} has no gate weights; one captured with weights would do")
+    weight_TE = np.zeros((trace.num_tokens, trace.num_experts))
+    ids_TK, weights_TK = trace.expert_ids_TLK[:, layer].astype(np.int64), trace.weights_TLK[:, layer]
+    np.put_along_axis(weight_TE, ids_TK, weights_TK.astype(np.float64), axis=1)
+    return weight_TE
+
+
 def with_scores(trace: RoutingTrace, popularity_LE: NDArray[np.floating], rng: np.random.Generator) -> RoutingTrace:
     """The trace with scores [T, L, E] under which its own experts are the K best, in their order.
 

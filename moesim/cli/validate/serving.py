@@ -35,7 +35,7 @@ def serving_command(
     from moesim.calibrate.measured import load_kernels
     from moesim.calibrate.recipes import load_recipes, with_recipes
     from moesim.files.profiles.calibrated import load_calibration
-    from moesim.files.runs import read_runs
+    from moesim.files.runs_layouts import read_runs
     from moesim.validate.serving import validate_serving
 
     read = with_recipes(read_runs(runs), load_recipes(recipes))
