@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from moesim.hardware import Efficiency
@@ -57,6 +58,22 @@ class Ranks:
         return np.arange(self.num_ranks) // self.per_node
 
 
+@njit(cache=True)
+def _count(source_B, target_BK, node_R, choices_RR, tokens_RR, tokens_RN):  # type: ignore[no-untyped-def]
+    """Choices, and tokens once for each rank and once for each node: a stamp remembers the last token sent there."""
+    stamp_R, stamp_N = np.full(choices_RR.shape[1], -1), np.full(tokens_RN.shape[1], -1)
+    for token in range(source_B.size):
+        source = source_B[token]
+        for k in range(target_BK.shape[1]):
+            rank = target_BK[token, k]
+            node = node_R[rank]
+            choices_RR[source, rank] += 1.0
+            tokens_RR[source, rank] += np.float64(stamp_R[rank] != token)
+            tokens_RN[source, node] += np.float64(stamp_N[node] != token)
+            stamp_R[rank] = token
+            stamp_N[node] = token
+
+
 @dataclass(frozen=True, eq=False)
 class TokenTraffic:
     """Where the tokens of one layer go.
@@ -85,18 +102,10 @@ class TokenTraffic:
             target_BK: rank of each of its choices.
         """
         R, N = ranks.num_ranks, ranks.num_nodes
-        choices = np.zeros((R, R))
-        np.add.at(choices, (source_B[:, None], target_BK), 1.0)
-
-        def distinct(place_BK: Ints, num_places: int) -> Floats:
-            token_X = np.arange(len(source_B))[:, None] * num_places + place_BK
-            token_B, place_B = np.divmod(np.unique(token_X), num_places)
-            found = np.zeros((R, num_places))
-            np.add.at(found, (source_B[token_B], place_B), 1.0)
-            return found
-
+        choices_RR, tokens_RR, tokens_RN = np.zeros((R, R)), np.zeros((R, R)), np.zeros((R, N))
+        _count(source_B, target_BK, ranks.node_R, choices_RR, tokens_RR, tokens_RN)
         tokens_R = np.bincount(source_B, minlength=R).astype(np.float64)
-        return cls(ranks, tokens_R, choices, distinct(target_BK, R), distinct(ranks.node_R[target_BK], N), token_bytes)
+        return cls(ranks, tokens_R, choices_RR, tokens_RR, tokens_RN, token_bytes)
 
     @classmethod
     def even(cls, ranks: Ranks, rank_bytes: float) -> TokenTraffic:
