@@ -2,7 +2,8 @@
 
 Question: when one half of a batch computes while the other one communicates, what is gained, and where is it a loss?
 
-Setting: DeepSeek-V3 on H800, H100 and CloudMatrix384 as in `moesim validate wide-ep`, its two constants fitted to two rows of DeepSeek's profile; routing is perfectly even, so that nothing but the overlap differs.
+Setting: DeepSeek-V3 on H800, H100 and CloudMatrix384 as in `moesim validate wide-ep`, its two constants fitted to two rows
+of DeepSeek's profile; routing is perfectly even, so that nothing but the overlap differs.
 
 Lever: `policies.two_batch_overlap`, on against off.
 
@@ -31,8 +32,8 @@ CLOUD = "CloudMatrix-Infer (arXiv 2506.12708), ablations"
 BEYOND = "overlap is perfect here; attention cut by tokens and heads, whose exchanges do not hide, is not modelled"
 """Why CloudMatrix384's prefill gains more here than there."""
 STARTS = (
-    "here each half starts all its kernels one after the other, at an assumed 5 us and with the 4.2 fitted to H800 behind "
-    "each; there attention and experts run side by side on cores of their own"
+    "here each half starts all its kernels one after the other, at an assumed 5 us and with the 4.2 fitted to H800 "
+    "behind each; there attention and experts run side by side on cores of their own"
 )
 """Why CloudMatrix384's decoding loses here."""
 
