@@ -65,7 +65,7 @@ def test_a_run_from_the_pool_equals_one_token_by_token(scenario, num_requests, o
 
 
 def test_groups_of_experts_and_a_group_for_each_rank_and_stages():
-    """Two expert-parallel groups; experts on every rank, where nothing is sent; and stages with a part of a batch each."""
+    """Two expert-parallel groups; experts on every rank, where nothing is sent; stages with a part of a batch each."""
     small = small_scenario(per_node=4, requests=8)
     groups = [Layout(AttentionGrid(4), ExpertGrid(edp=2, ep=2)), Layout(AttentionGrid(4), ExpertGrid(edp=4))]
     for layout in (*groups, Layout(AttentionGrid(2), ExpertGrid(ep=2), pp=2)):
