@@ -64,12 +64,13 @@ def test_a_run_from_the_pool_equals_one_token_by_token(scenario, num_requests, o
         assert played.metrics[name] == pytest.approx(value, rel=1e-9), name
 
 
-def test_groups_of_experts_and_a_group_for_each_rank():
-    """Two expert-parallel groups; and experts on every rank, where nothing is sent."""
+def test_groups_of_experts_and_a_group_for_each_rank_and_stages():
+    """Two expert-parallel groups; experts on every rank, where nothing is sent; stages with a part of a batch each."""
     small = small_scenario(per_node=4, requests=8)
-    for experts in (ExpertGrid(edp=2, ep=2), ExpertGrid(edp=4)):
-        layout = Layout(AttentionGrid(4), experts)
-        scenario = with_workload(dataclasses.replace(small, layout=layout), num_requests=24, output_tokens=80)
+    groups = [Layout(AttentionGrid(4), ExpertGrid(edp=2, ep=2)), Layout(AttentionGrid(4), ExpertGrid(edp=4))]
+    for layout in (*groups, Layout(AttentionGrid(2), ExpertGrid(ep=2), pp=2)):
+        scenario = with_workload(dataclasses.replace(small, layout=layout), num_requests=25, output_tokens=80)
+        assert not scenario.mistakes()
         assert Iterations(scenario)._pool is not None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(iterations, "POOL_BYTES", 0)
