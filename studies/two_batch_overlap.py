@@ -2,8 +2,8 @@
 
 Question: when one half of a batch computes while the other one communicates, what is gained, and where is it a loss?
 
-Setting: DeepSeek-V3 on H800, H100 and CloudMatrix384 as in `moesim validate wide-ep`, its two constants fitted to two rows
-of DeepSeek's profile; routing is perfectly even, so that nothing but the overlap differs.
+Setting: DeepSeek-V3 on H800, H100 and CloudMatrix384 as in `moesim validate wide-ep`, its two constants fitted to two
+rows of DeepSeek's profile; routing is perfectly even, so that nothing but the overlap differs.
 
 Lever: `policies.two_batch_overlap`, on against off.
 

@@ -6,6 +6,7 @@ Latency is apart from the bytes, since it rests on other numbers.
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from moesim.costs.compute import efficiency
@@ -30,7 +31,7 @@ def all_to_all_s(
     bound: str = "value",
     reached: tuple[Efficiency, Efficiency] | None = None,
 ) -> Floats:
-    """Dispatch (or combine) seconds for each layer and rank, [L, R].
+    """Dispatch seconds for each layer and rank, [L, R]; those of combine, which is its reverse, are the same.
 
     seconds = max over levels of max(sent, received) x token_bytes / bandwidth
 
@@ -43,9 +44,21 @@ def all_to_all_s(
     Holds for: full bisection at each level, so that only a rank's own ports limit it.
     """
     near_fraction, far_fraction = reached_fractions(cluster, bound, reached)
-    near = np.maximum(traffic_CLR[0], traffic_CLR[2]) * (token_bytes / (cluster.scale_up.bytes_per_s * near_fraction))
-    far = np.maximum(traffic_CLR[1], traffic_CLR[3]) * (token_bytes / (cluster.scale_out.bytes_per_s * far_fraction))
-    return np.asarray(np.maximum(near, far))
+    near_s = token_bytes / (cluster.scale_up.bytes_per_s * near_fraction)
+    far_s = token_bytes / (cluster.scale_out.bytes_per_s * far_fraction)
+    return np.asarray(_ports_s(traffic_CLR, near_s, far_s))
+
+
+@njit(cache=True)
+def _ports_s(traffic_CLR, near_s, far_s):  # type: ignore[no-untyped-def]
+    num_layers, num_ranks = traffic_CLR.shape[1], traffic_CLR.shape[2]
+    seconds_LR = np.empty((num_layers, num_ranks))
+    for layer in range(num_layers):
+        for rank in range(num_ranks):
+            near = max(traffic_CLR[0, layer, rank], traffic_CLR[2, layer, rank]) * near_s
+            far = max(traffic_CLR[1, layer, rank], traffic_CLR[3, layer, rank]) * far_s
+            seconds_LR[layer, rank] = max(near, far)
+    return seconds_LR
 
 
 def half_all_reduce_s(num_bytes: Floats, size: int, cluster: Cluster, bound: str = "value", stride: int = 1) -> Floats:

@@ -54,8 +54,7 @@ class Exchange:
         """
         reached = ALL_TO_ALLS[self.algorithm].reached
         if not self.is_routed:
-            traffic_CLR = counts.traffic_CLR[[2, 3, 0, 1]] if is_back else counts.traffic_CLR
-            return network.all_to_all_s(traffic_CLR, token_bytes, self.cluster, bound, reached)
+            return network.all_to_all_s(counts.traffic_CLR, token_bytes, self.cluster, bound, reached)
         near, far = network.reached_fractions(self.cluster, bound, reached)
         if counts.source_B is None or counts.target_LBK is None:
             raise ValueError("flows need the ranks of every token's choices; count with targets")
