@@ -16,9 +16,8 @@ class Workload:
         max_num_batched_tokens: prompt tokens that one data-parallel group takes into one prefill iteration.
         num_speculative_tokens: tokens drafted for each request in a decode iteration, by layers of the model's own.
         acceptance_rate: chance that a draft is right, given that those before it were.
-        routing_pool_tokens: decoding replays at most so many tokens of the trace, staggered, see
-            `moesim.routing.staggered`: requests that share a traced one are at different tokens of its answer, and long
-            runs are counted many times as fast. None replays all, every request from its first token on.
+        routing_pool_tokens: decoding replays at most so many tokens of the trace, in answers that are equally long, see
+            `moesim.routing.blocks`: long runs are counted many times as fast. None replays all.
     """
 
     num_requests: int
