@@ -1,0 +1,1 @@
+"""Instances that serve: compiled scheduling, KV blocks and pricing, iteration by iteration."""
