@@ -38,6 +38,7 @@ class Scratch(NamedTuple):
     experts_s_LR: Floats
     dispatch_s_LR: Floats
     combine_s_LR: Floats
+    segment_s_HD: Floats
     turn: Ints
 
 
@@ -56,5 +57,5 @@ def empty_scratch(prices: Prices, num_groups: int, most_tokens: int) -> Scratch:
         np.zeros((num_moe, num_expert_ranks * prices.slots_per_rank), np.int32),
         np.zeros((num_moe, num_sent, num_sent), np.int32), np.zeros((num_moe, num_sent, num_nodes), np.int32),
         np.zeros(shape, np.int32), np.zeros((4, *shape), np.int32), np.zeros(shape), np.zeros(shape), np.zeros(shape),
-        np.zeros(1, np.int64),
+        np.zeros((len(prices.memo.segment_HO), num_groups)), np.zeros(1, np.int64),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from moesim.serving.prices import (
     SEND,
     SHARED,
 )
+from moesim.serving.remembered import remembered_step
 from moesim.serving.routed import price_routed
 from moesim.serving.work import PARTS
 
@@ -43,6 +44,8 @@ def price_step(prices, work, scratch) -> float:  # type: ignore[no-untyped-def]
     if work.tokens_D.sum() == 0:
         return 0.0
     price_groups(prices, work, scratch.op_s_OD)
+    if prices.memo.tokens_G.size:
+        return remembered_step(prices, work, scratch)
     if prices.place_LXE.shape[0]:
         price_routed(prices, work, scratch)
     return _walk(prices, work.parts_P, scratch)
