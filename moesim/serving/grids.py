@@ -94,7 +94,14 @@ class OneRank:
         kept = (requests * each).ravel()
         found = [
             attention_core(
-                self._ops, self._model, mixer, self._tp, "decode", requests.ravel(), queries * requests.ravel(), kept,
+                self._ops,
+                self._model,
+                mixer,
+                self._tp,
+                "decode",
+                requests.ravel(),
+                queries * requests.ravel(),
+                kept,
                 queries * kept,
             )  # fmt: skip
             for mixer in mixers

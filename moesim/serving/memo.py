@@ -6,6 +6,8 @@ then lacks is the place of its own tokens: their order in time, and groups that 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,17 +27,19 @@ from moesim.serving.prices import (
     Memo,
     Prices,
 )
-from moesim.serving.routed import price_routed
+from moesim.serving.routed import count_step, price_counted
 from moesim.serving.scratch import empty_scratch
 from moesim.serving.work import PARTS, empty_work
 
 Floats = NDArray[np.float64]
 
-MOST_ROWS = 16384
+MOST_ROWS = 32768
 """Tokens that are counted for one sample; they stand for those of larger iterations."""
 
 
-def memoised(prices: Prices, rng: np.random.Generator, most_tokens: int, samples: int = 3, ratio: float = 1.1) -> Prices:
+def memoised(
+    prices: Prices, rng: np.random.Generator, most_tokens: int, samples: int = 3, ratio: float = 1.1
+) -> Prices:
     """The same prices with a memo of routing.
 
     Args:
@@ -52,19 +56,21 @@ def memoised(prices: Prices, rng: np.random.Generator, most_tokens: int, samples
     work = empty_work(num_groups, len(prices.window_V), 1, MOST_ROWS, num_layers, slots)
     scratch = empty_scratch(prices, num_groups, MOST_ROWS)
     in_stage_SL = _in_stage(prices, num_stages)
-    for g, tokens in enumerate(tokens_G.astype(np.int64) if num_layers else []):
-        for w in range(samples):
-            rows = min(tokens, MOST_ROWS)
-            share_D = np.arange(num_groups + 1) * tokens // num_groups
-            work.tokens_D[:] = 0 if is_own else np.diff(share_D)
-            work.tokens_D[0] = tokens if is_own else work.tokens_D[0]
-            work.num[1], work.load_LP[:], work.imbalance[:] = rows, 0, 0
+    counts = [int(tokens) for tokens in tokens_G] if num_layers else []
+    for w, (g, tokens) in itertools.product(range(samples), enumerate(counts)):
+        rows = min(tokens, MOST_ROWS)
+        work.tokens_D[:] = 0 if is_own else np.diff(np.arange(num_groups + 1) * tokens // num_groups)
+        work.tokens_D[0] = tokens if is_own else work.tokens_D[0]
+        work.load_LP[:], work.imbalance[:] = 0, 0
+        if g == 0 or counts[g - 1] < MOST_ROWS:  # what follows is this many, scaled
+            work.num[1] = rows
             work.rows_B[:rows] = rng.integers(0, len(prices.ids_TLK), rows)
             work.group_B[:rows] = 0 if is_own else np.arange(rows) * num_groups // rows
-            price_routed(prices, work, scratch)
-            routed_s_GWSX[g, w] = in_stage_SL @ _by_layer(prices, scratch)
-            imbalance_GW[g, w] = 1.0 if is_own else work.imbalance[0]
-            load_WLP[w] = work.load_LP / tokens
+            count_step(prices, work, scratch)
+        price_counted(prices, work, scratch)
+        routed_s_GWSX[g, w] = in_stage_SL @ _by_layer(prices, scratch)
+        imbalance_GW[g, w] = 1.0 if is_own else work.imbalance[0]
+        load_WLP[w] = work.load_LP / tokens
     segment_HO, of_stage_SH = _segments(prices, num_stages)
     others = segment_HO.shape[1] - 1 - NUM_OPS
     names = ["attention"] * len(prices.window_V) + ["dense"] * (others - len(prices.window_V))

@@ -42,7 +42,7 @@ def _segments(memo, op_s_OD, segment_s_HD):  # type: ignore[no-untyped-def]
 def _slow_down(op_s_OD, slowdown_D, others):  # type: ignore[no-untyped-def]
     """All but collectives."""
     for op in range(op_s_OD.shape[0]):
-        if op < others or op > others + 1 and op != others + SEND:
+        if op < others or (op > others + 1 and op != others + SEND):
             for group in range(slowdown_D.size):
                 op_s_OD[op, group] *= slowdown_D[group]
 

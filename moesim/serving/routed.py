@@ -39,7 +39,7 @@ def _count_loads(ids_TLK, rows_B, base_B, place_LXE, load_LP):  # type: ignore[n
 
 
 @njit(cache=True)
-def _count_step(prices, work, scratch):  # type: ignore[no-untyped-def]
+def count_step(prices, work, scratch):  # type: ignore[no-untyped-def]
     """Write loads, and where tokens are sent their messages."""
     rows_B, num = work.rows_B[: work.num[1]], work.num[1]
     source_B, order_B, choice_B = scratch.source_B[:num], scratch.order_B[:num], scratch.choice_B[:num]
@@ -152,11 +152,10 @@ def _add_load(prices, load_LP, scale, work):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def price_routed(prices, work, scratch):  # type: ignore[no-untyped-def]
-    """Count the tokens, and write the seconds of experts, dispatch and combine on each rank."""
+def price_counted(prices, work, scratch):  # type: ignore[no-untyped-def]
+    """Write the seconds of experts, dispatch and combine on each rank, from what was counted."""
     num_rows = work.num[1]
     scale = work.tokens_D.sum() / num_rows if num_rows else 0.0
-    _count_step(prices, work, scratch)
     _price_experts(prices, scratch.load_LP, scale, scratch.experts_s_LR)
     if prices.exchange == GATHERED:
         _price_gathered(prices, work.tokens_D, scratch.dispatch_s_LR, scratch.combine_s_LR)
@@ -165,3 +164,10 @@ def price_routed(prices, work, scratch):  # type: ignore[no-untyped-def]
         _price_sent(scratch.traffic_CLR, exchange_s, scale, dispatch_s_LR, scratch.combine_s_LR)
     if num_rows:
         _add_load(prices, scratch.load_LP, scale, work)
+
+
+@njit(cache=True)
+def price_routed(prices, work, scratch):  # type: ignore[no-untyped-def]
+    """Count the tokens, and price what they bring."""
+    count_step(prices, work, scratch)
+    price_counted(prices, work, scratch)

@@ -111,7 +111,8 @@ def _walk(prices, parts_P, scratch) -> float:  # type: ignore[no-untyped-def]
     clock_R[:] = 0.0
     stage_began = 0.0
     for layer in range(num_layers):
-        mixer, dense, moe, head = prices.mixer_L[layer], prices.dense_L[layer], prices.moe_L[layer], prices.head_L[layer]
+        mixer, dense, moe = prices.mixer_L[layer], prices.dense_L[layer], prices.moe_L[layer]
+        head = prices.head_L[layer]
         if mixer >= 0:
             _compute(clock_R, op_s_OD[mixer], tp, slowdown_R, parts_P, _ATTENTION)
             if tp > 1:
