@@ -163,7 +163,9 @@ LAYOUTS = {
     "dp without ep": ({"dp": 2, "ep": False}, {}),
     "tp": ({"tp": 4, "ep": False}, {}),
     "dp + tp": ({"dp": 2, "tp": 2, "ep": False}, {}),
-    "dp + tp + ep": ({"dp": 2, "tp": 2, "backend": "deepep_low_latency"}, {"algorithm": "low_latency", "message": "choice"}),
+    "dp + tp + ep": (
+        {"dp": 2, "tp": 2, "backend": "deepep_low_latency"}, {"algorithm": "low_latency", "message": "choice"},
+    ),
     "tp + ep": ({"tp": 4, "backend": "deepep_high_throughput"}, {"algorithm": "rails", "message": "rank"}),
     "a slow rank": (
         {"dp": 4, "backend": "deepep_low_latency", "slowdown_R": np.array([1.0, 1.0, 3.0, 1.0])},

@@ -39,7 +39,7 @@ class Prices(NamedTuple):
         window_V: the most tokens that a mixer looks back on.
         has_shared: whether experts are shared, beside the dispatch.
         num_drafts: tokens that are drafted for each decoding request.
-        grid_N, token_s_ON: tokens of a group from 0 up, by one to N' - 1 = `unit_points` - 1; seconds of each operation.
+        grid_N, token_s_ON: tokens of a group, the first `unit_points` from 0 on by one; seconds of each operation.
         head_s_N: of rows through the output head.
         requests_A, context_C, decode_s_VAC: decoding requests, mean cached tokens of each, attention's seconds.
         chunk_X, before_Y, prefill_s_VXY: tokens of a chunk, tokens before it, attention's seconds.
@@ -49,7 +49,8 @@ class Prices(NamedTuple):
         place_LXE, base_R, slots_per_rank, node_R: see `moesim.routing.counting.Counter`.
         has_experts_table: whether experts are priced by the table (rows, slots that have any) of a rank; else each slot
             is on its own roofline.
-        params_LRS, roofline: parameters of each slot; [bytes of a weight, of a row, s per FLOP, s per byte, launches' s].
+        params_LRS, roofline: parameters of each slot; [bytes of a weight, of a row, s per FLOP, s per byte, s of
+            launches].
         rows_I, active_J, experts_s_IJ: the table.
         exchange: one of `NO_EXCHANGE`, ...
         exchange_s: [dispatch's s per message inside a node, beyond; combine's inside, beyond; starting one].

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.costs.operators import Operators, Timed, stacked
+from moesim.costs.operators import Operators, Timed
 from moesim.hardware import SOURCES, Cluster
 from moesim.layout import AttentionGrid, ExpertGrid, Layout, Placement
+from moesim.mixers import Mixer
 from moesim.model import Dense, Experts, Layer, ModelSpec
 from moesim.policies.placement import Contiguous
 from moesim.program.forward import drafting_layer
@@ -89,84 +91,113 @@ def build_prices(
         )
     exchange, algorithm = exchange_of(engine.all2all_backend, layout, cluster)
     is_spread = exchange not in (NO_EXCHANGE, ADDED)
-    num_drafts, pp = engine.num_speculative_tokens, layout.pp
-    layers = (*model.layers, *(drafting_layer(model),) * num_drafts)
-    mixers = tuple(dict.fromkeys(layer.mixer for layer in layers if layer.mixer))
-    denses = tuple(dict.fromkeys(layer.ffn for layer in layers if isinstance(layer.ffn, Dense)))
+    layers = (*model.layers, *(drafting_layer(model),) * engine.num_speculative_tokens)
     rank = OneRank(model, cluster, operators, tp, is_spread, D * tp)
-    most_tokens = max(engine.max_num_batched_tokens, engine.max_num_seqs * (1 + num_drafts))
-    grid_N = points(0, 512, max(most_tokens, 1024), 1.05)
-    by_tokens = {
-        "attention": [rank.projections(mixer, grid_N) for mixer in mixers],
-        "dense": [rank.dense(ffn, grid_N) for ffn in denses],
-        "allreduce": [rank.reduced(grid_N, 2)],
-        "half": [rank.reduced(grid_N, 1)],
-        "router": [rank.router(grid_N) if model.moe_layers else Timed.of(0 * grid_N, 0)],
-        "shared_experts": [rank.shared_experts(grid_N) if model.moe_layers else Timed.of(0 * grid_N, 0)],
-        "send": [rank.sent(grid_N) if pp > 1 else Timed.of(0 * grid_N, 0)],
-        "joined": [rank.joined(grid_N)],
-    }
-    head, host = rank.head(grid_N), operators.host_overhead()
-    requests_A = points(1, 32, max(engine.max_num_seqs, 2), 1.15)
-    longest = float(engine.max_model_len or max(model.max_position or 0, 131072))
-    context_C, before_Y = points(1, 16, longest, 1.2), np.append(0.0, points(1, 16, longest, 1.2))
-    chunk_X = points(1, 64, max(most_tokens, 128), 1.05)
-    decoded = rank.decoded(mixers, 1 + num_drafts, requests_A, context_C)
-    prefilled = rank.prefilled(mixers, chunk_X, before_Y)
-    dense_kind = {ffn: kind for kind, ffn in enumerate(denses)}
-    edges = [s * len(model.layers) // pp for s in range(pp + 1)]
-    stage_L = np.repeat(np.arange(pp), [last - first for first, last in pairwise(edges)])
+    most_tokens = max(engine.max_num_batched_tokens, engine.max_num_seqs * (1 + engine.num_speculative_tokens))
+    by_tokens, token_parts = _by_tokens(rank, model, layers, layout.pp, most_tokens)
+    by_context, attention = _by_context(rank, model, layers, engine, most_tokens)
+    host = operators.host_overhead()
     prices = Prices(
         tp=tp,
-        mixer_L=_ids([mixers.index(layer.mixer) if layer.mixer else -1 for layer in layers]),
-        dense_L=_ids([dense_kind[layer.ffn] if isinstance(layer.ffn, Dense) else -1 for layer in layers]),
-        moe_L=_moe_ids(layers, len(model.moe_layers)),
-        head_L=_ids([NO_HEAD] * (len(model.layers) - 1) + [HEAD] + [DRAFT_HEAD] * num_drafts),
-        stage_L=_ids([*stage_L, *[pp - 1] * num_drafts]),
-        window_V=np.array([np.inf if mixer.window is None else mixer.window for mixer in mixers]),
-        has_shared=bool(
-            model.moe_layers and (model.experts.shared_width or model.experts.residual_width)
-        ),
-        num_drafts=num_drafts,
-        unit_points=int(np.flatnonzero(np.diff(grid_N) == 1)[-1]) + 2,
-        grid_N=grid_N,
-        token_s_ON=np.stack([timed.seconds for some in by_tokens.values() for timed in some]),
-        head_s_N=head.seconds,
-        requests_A=requests_A, context_C=context_C, decode_s_VAC=decoded.seconds,
-        chunk_X=chunk_X, before_Y=before_Y, prefill_s_VXY=prefilled.seconds,
+        has_shared=bool(model.moe_layers and (model.experts.shared_width or model.experts.residual_width)),
+        num_drafts=engine.num_speculative_tokens,
         host_s=float(host.seconds),
         slowdown_R=np.ones(D * tp) if slowdown_R is None else np.ascontiguousarray(slowdown_R, np.float64),
-        **_routing(model, cluster, layout, exchange, trace),
-        **experts_prices(model, operators, layout, most_tokens * D),
         exchange=exchange,
         exchange_s=exchange_prices(model, cluster, layout, exchange, algorithm, operators),
         shares_PX=np.zeros((len(PARTS), len(SOURCES))),
         memo=no_memo(),
-    )  # fmt: skip
-    if model.moe_layers:
-        prices = replaced(prices, placement or _in_order(model, layout), model, layout)
-    moved = operators.collective(1.0) if is_spread else Timed.of(0.0, 0)
+        **_order(model, layers, layout.pp),
+        **by_tokens,
+        **by_context,
+        **_routing(model, cluster, layout, exchange, trace),
+        **experts_prices(model, operators, layout, most_tokens * D),
+    )
+    moved = operators.collective(1.0 if is_spread else 0.0)
     parts = {
-        "attention": stacked([*by_tokens["attention"], *(Timed(grid_N, t.rests_X) for t in (decoded, prefilled))])
-        if mixers else Timed.of(0.0, 0),
-        "allreduce": by_tokens["allreduce"][0], "router": by_tokens["router"][0],
-        "dense": stacked(by_tokens["dense"]) if denses else Timed.of(0.0, 0),
-        "shared_experts": by_tokens["shared_experts"][0], "dispatch": moved, "combine": moved,
-        "experts": experts_timed(model, operators, layout), "head": head, "send": by_tokens["send"][0], "host": host,
+        **token_parts, "attention": [*token_parts["attention"], *attention], "dispatch": [moved], "combine": [moved],
+        "experts": [experts_timed(model, operators, layout)], "host": [host],
     }  # fmt: skip
-    for part, timed in parts.items():
-        prices.shares_PX[PARTS.index(part)] = timed.shares_X
-    return prices
+    for part in set(parts) & set(PARTS):
+        shares_X = np.sum([timed.shares_X for timed in parts[part]], axis=0)
+        prices.shares_PX[PARTS.index(part)] = shares_X / (shares_X.sum() or 1.0)
+    if not model.moe_layers:
+        return prices
+    return replaced(prices, placement or _in_order(model, layout), model, layout)
+
+
+def _kinds(layers: Sequence[Layer]) -> tuple[tuple[Mixer, ...], tuple[Dense, ...]]:
+    """Mixers and dense networks, each once."""
+    mixers = tuple(dict.fromkeys(layer.mixer for layer in layers if layer.mixer))
+    return mixers, tuple(dict.fromkeys(layer.ffn for layer in layers if isinstance(layer.ffn, Dense)))
+
+
+def _order(model: ModelSpec, layers: Sequence[Layer], pp: int) -> dict[str, Any]:
+    """What each layer is; drafting layers stand behind the model's own, and route as its last MoE layer."""
+    mixers, denses = _kinds(layers)
+    num_own, is_moe = len(model.layers), np.array([isinstance(layer.ffn, Experts) for layer in layers])
+    edges = [s * num_own // pp for s in range(pp + 1)]
+    stage_L = [stage for stage, (first, last) in enumerate(pairwise(edges)) for _ in range(first, last)]
+    moe_L = np.minimum(np.cumsum(is_moe) - 1, len(model.moe_layers) - 1)
+    return {
+        "mixer_L": _ids([mixers.index(layer.mixer) if layer.mixer else -1 for layer in layers]),
+        "dense_L": _ids([denses.index(layer.ffn) if isinstance(layer.ffn, Dense) else -1 for layer in layers]),
+        "moe_L": np.where(is_moe, moe_L, -1).astype(np.int64),
+        "head_L": _ids([NO_HEAD] * (num_own - 1) + [HEAD] + [DRAFT_HEAD] * (len(layers) - num_own)),
+        "stage_L": _ids(stage_L + [pp - 1] * (len(layers) - num_own)),
+        "window_V": np.array([np.inf if mixer.window is None else mixer.window for mixer in mixers]),
+    }
+
+
+Parts = dict[str, list[Timed]]
+
+
+def _by_tokens(
+    rank: OneRank, model: ModelSpec, layers: Sequence[Layer], pp: int, most_tokens: int
+) -> tuple[dict[str, Any], Parts]:
+    """Tables by a group's tokens, and what the parts rest on; rows in the order that `Prices` says."""
+    mixers, denses = _kinds(layers)
+    grid_N = points(0, 512, max(most_tokens, 1024), 1.05)
+    nothing = Timed.of(np.zeros_like(grid_N), 0)
+    by_op: Parts = {
+        "attention": [rank.projections(mixer, grid_N) for mixer in mixers],
+        "dense": [rank.dense(ffn, grid_N) for ffn in denses],
+        "allreduce": [rank.reduced(grid_N, 2)],
+        "half": [rank.reduced(grid_N, 1)],
+        "router": [rank.router(grid_N) if model.moe_layers else nothing],
+        "shared_experts": [rank.shared_experts(grid_N) if model.moe_layers else nothing],
+        "send": [rank.sent(grid_N) if pp > 1 else nothing],
+        "joined": [rank.joined(grid_N)],
+    }
+    head = rank.head(grid_N)
+    tables = {
+        "grid_N": grid_N,
+        "unit_points": int(np.argmax(np.diff(grid_N, append=np.inf) > 1)) + 1,
+        "token_s_ON": np.stack([timed.seconds for some in by_op.values() for timed in some]),
+        "head_s_N": head.seconds,
+    }
+    return tables, by_op | {"head": [head]}
+
+
+def _by_context(
+    rank: OneRank, model: ModelSpec, layers: Sequence[Layer], engine: EngineConfig, most_tokens: int
+) -> tuple[dict[str, Any], list[Timed]]:
+    """Tables of attention by requests and contexts."""
+    mixers, _ = _kinds(layers)
+    longest = float(engine.max_model_len or max(model.max_position or 0, 131072))
+    requests_A, context_C = points(1, 32, max(engine.max_num_seqs, 2), 1.15), points(1, 16, longest, 1.2)
+    chunk_X, before_Y = points(1, 64, max(most_tokens, 128), 1.05), points(0, 16, longest, 1.2)
+    decoded = rank.decoded(mixers, 1 + engine.num_speculative_tokens, requests_A, context_C)
+    prefilled = rank.prefilled(mixers, chunk_X, before_Y)
+    tables = {
+        "requests_A": requests_A, "context_C": context_C, "decode_s_VAC": decoded.seconds,
+        "chunk_X": chunk_X, "before_Y": before_Y, "prefill_s_VXY": prefilled.seconds,
+    }  # fmt: skip
+    return tables, [decoded, prefilled]
 
 
 def _ids(values: Sequence[int]) -> NDArray[np.int64]:
     return np.array(values, np.int64)
-
-
-def _moe_ids(layers: Sequence[Layer], num_moe: int) -> NDArray[np.int64]:
-    """Drafting layers route as the last MoE layer."""
-    is_moe = np.array([isinstance(layer.ffn, Experts) for layer in layers])
-    return np.where(is_moe, np.minimum(np.cumsum(is_moe) - 1, num_moe - 1), -1).astype(np.int64)
 
 
 def _in_order(model: ModelSpec, layout: Layout) -> Placement:
@@ -177,7 +208,7 @@ def _in_order(model: ModelSpec, layout: Layout) -> Placement:
 
 def _routing(
     model: ModelSpec, cluster: Cluster, layout: Layout, exchange: int, trace: RoutingTrace | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """All of compiled counting but what the placement decides."""
     num_ranks = layout.attention.dp * (layout.attention.tp if exchange != NO_EXCHANGE else 1)
     ids_TLK = np.zeros((1, 0, 1), np.uint8) if trace is None or not model.moe_layers else trace.expert_ids_TLK

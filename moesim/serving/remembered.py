@@ -16,7 +16,7 @@ LOAD_EVERY = 16
 
 
 @njit(cache=True)
-def _looked_up(tokens_G, s_GWSX, sample, stage, x, tokens) -> float:  # type: ignore[no-untyped-def]
+def _looked_up(tokens_G, s_GWSX, sample, stage, x, tokens):  # type: ignore[no-untyped-def]
     """Linear between token counts, and beyond the last."""
     g = below(tokens_G, tokens)
     part = (tokens - tokens_G[g]) / (tokens_G[g + 1] - tokens_G[g])
@@ -48,7 +48,7 @@ def _slow_down(op_s_OD, slowdown_D, others):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _own_experts(memo, tokens_D, sample, stage, clock_D) -> float:  # type: ignore[no-untyped-def]
+def _own_experts(memo, tokens_D, sample, stage, clock_D):  # type: ignore[no-untyped-def]
     """Each group's experts for its own tokens, added to its clock; their mean."""
     total = 0.0
     for group in range(tokens_D.size):
@@ -59,7 +59,7 @@ def _own_experts(memo, tokens_D, sample, stage, clock_D) -> float:  # type: igno
 
 
 @njit(cache=True)
-def _spread_experts(prices, work, shared_s_D, sample, stage) -> float:  # type: ignore[no-untyped-def]
+def _spread_experts(prices, work, shared_s_D, sample, stage):  # type: ignore[no-untyped-def]
     """Seconds of a stage's dispatches, experts and combines; sent by the fullest rank, computed by all together."""
     memo, parts_P, tokens_D = prices.memo, work.parts_P, work.tokens_D
     total, most, shared_s = 0, 0, 0.0
@@ -93,7 +93,7 @@ def _remember_load(prices, work, sample):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def remembered_step(prices, work, scratch) -> float:  # type: ignore[no-untyped-def]
+def remembered_step(prices, work, scratch):  # type: ignore[no-untyped-def]
     """Seconds of an iteration whose groups are priced; parts are added, what ranks wait is what they leave."""
     memo, op_s_OD, parts_P, tokens_D = prices.memo, scratch.op_s_OD, work.parts_P, work.tokens_D
     num_ops, num_groups = op_s_OD.shape

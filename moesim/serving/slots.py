@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,9 @@ def _is_tabled(model: ModelSpec, ops: Operators) -> bool:
     return is_alike and any((op, model.dtypes.experts) in ops.tables for op in ("moe", "grouped_gemm"))
 
 
-def experts_prices(model: ModelSpec, ops: Operators, layout: Layout, most_tokens: int) -> dict[str, object]:
+def experts_prices(model: ModelSpec, ops: Operators, layout: Layout, most_tokens: int) -> dict[str, Any]:
     """Coefficients of the experts' rooflines, and the table by rows and active slots where one was measured."""
-    found: dict[str, object] = {
+    found: dict[str, Any] = {
         "has_experts_table": False, "roofline": np.zeros(5), "rows_I": np.arange(2.0), "active_J": np.arange(2.0),
         "experts_s_IJ": np.zeros((2, 2)),
     }  # fmt: skip

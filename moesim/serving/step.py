@@ -28,7 +28,7 @@ _ATTENTION, _ALLREDUCE, _ROUTER, _DENSE, _SHARED, _DISPATCH, _EXPERTS, _COMBINE,
 
 
 @njit(cache=True)
-def price_step(prices, work, scratch) -> float:  # type: ignore[no-untyped-def]
+def price_step(prices, work, scratch):  # type: ignore[no-untyped-def]
     """Seconds of one iteration, 0 where no group has a token; exposed seconds are added to `work.parts_P`.
 
     Layer by layer, on each rank: attention and its all-reduce; a dense network, or router, dispatch with shared experts
@@ -99,7 +99,7 @@ def _exchange(clock_R, s_LR, layer, parts_P, part):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True)
-def _walk(prices, parts_P, scratch) -> float:  # type: ignore[no-untyped-def]
+def _walk(prices, parts_P, scratch):  # type: ignore[no-untyped-def]
     """Clocks of all ranks through all layers; exposed seconds as `moesim.program.walk.account` charges them."""
     clock_R, op_s_OD, tp, slowdown_R = scratch.clock_R, scratch.op_s_OD, prices.tp, prices.slowdown_R
     num_mixers, num_layers, num_ranks = prices.window_V.size, prices.mixer_L.size, clock_R.size
