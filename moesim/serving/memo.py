@@ -11,6 +11,7 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.serving.counted import count_step
 from moesim.serving.grids import points
 from moesim.serving.prices import (
     ADDED,
@@ -27,7 +28,7 @@ from moesim.serving.prices import (
     Memo,
     Prices,
 )
-from moesim.serving.routed import count_step, price_counted
+from moesim.serving.routed import price_counted
 from moesim.serving.scratch import empty_scratch
 from moesim.serving.work import PARTS, empty_work
 
