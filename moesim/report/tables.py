@@ -56,7 +56,7 @@ UNITS: tuple[tuple[str, tuple[tuple[float, str], ...]], ...] = (
     ("_flops", tuple((size, f"{sign}FLOP") for size, sign in DECIMAL)),
     ("_joules", ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"))),
     ("_watts", ((1e6, "MW"), (1e3, "kW"), (1.0, "W"))),
-    ("_dollars", ((1.0, "$"),)),
+    ("_usd", ((1.0, "USD"),)),
 )
 
 
