@@ -6,11 +6,10 @@ import math
 
 from numba import njit
 
+from moesim.serving.blocks import cached_units
 from moesim.serving.schedule import schedule_sglang, schedule_vllm, settle
 from moesim.serving.state import WINDOWS
 from moesim.serving.step import price_step
-
-IDLE_S = math.inf
 
 
 @njit(cache=True)
@@ -111,7 +110,7 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
         stops: whether to come back as soon as a request has left.
 
     Returns:
-        When the last iteration ended (infinite if there is nothing to do before something new comes).
+        When the last iteration ended, and whether there is nothing to do before something new comes.
     """
     while now_s < until_s and most > 0:
         free = -1
@@ -126,7 +125,7 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
                 continue
             first = free
         if first < 0:
-            return IDLE_S
+            return now_s, True
         end_s = groups.finish_s_P[first]
         if free >= 0 and groups.stage_free_S[0] > now_s:
             end_s = min(end_s, groups.stage_free_S[0])
@@ -136,8 +135,8 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
             timeline.sums_WX[window, 3] += settle(book, groups, rules, group_Q, first, now_s)
             groups.finish_s_P[first] = math.inf
             if stops and groups.done[0] > 0:
-                return now_s
-    return now_s
+                return now_s, False
+    return now_s, False
 
 
 @njit(cache=True)
@@ -158,7 +157,7 @@ def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch,
     window = min(int(now_s / timeline.width_s[0]), WINDOWS - 1)
     timeline.sums_WX[window, 4] += work.imbalance[0] - before[0]
     timeline.sums_WX[window, 5] += work.imbalance[1] - before[1]
-    timeline.sums_WX[window, 6] += at_s - now_s
+    timeline.sums_WX[window, 6] += scratch.stage_s_S.sum() / scratch.stage_s_S.size
 
 
 @njit(cache=True)
@@ -173,3 +172,28 @@ def note_waiting(timeline, start_s, end_s):  # type: ignore[no-untyped-def]
             until_s = end_s
         timeline.sums_WX[window, 1] += until_s - at_s
         at_s = until_s
+
+
+@njit(cache=True)
+def tokens_at(book, groups, rules, waiting_D, held_D, work_D):  # type: ignore[no-untyped-def]
+    """Of each group: prompt tokens still to be computed; tokens in its cache; all tokens still to be computed."""
+    for d in range(groups.num_D.size):
+        waiting_D[d], work_D[d] = 0, 0
+        held_D[d] = (rules.num_blocks - groups.free_D[d] - groups.idle_D[d] * rules.unit_blocks) * rules.block_size
+        q = groups.head_D[d]
+        while q >= 0:
+            waiting_D[d] += book.prompt_Q[q] - min(book.computed_Q[q], book.prompt_Q[q])
+            work_D[d] += book.output_Q[q] - book.generated_Q[q]
+            q = book.next_Q[q]
+        for i in range(groups.num_D[d]):
+            q = groups.running_DM[d, i]
+            waiting_D[d] += book.prompt_Q[q] - min(book.computed_Q[q], book.prompt_Q[q])
+            work_D[d] += book.output_Q[q] - book.generated_Q[q]
+        work_D[d] += waiting_D[d]
+
+
+@njit(cache=True)
+def prefix_tokens(book, groups, rules, q, found_D):  # type: ignore[no-untyped-def]
+    """Tokens of a request's prompt that each group holds."""
+    for d in range(groups.num_D.size):
+        found_D[d] = cached_units(book, groups, rules, d, q) * rules.unit_tokens

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.costs import memory
 from moesim.costs.operators import Operators
-from moesim.layout import AttentionGrid, ExpertGrid, Layout, Placement
+from moesim.files.acceptance import constant_rate
 from moesim.service import EngineConfig, Service, kv_tokens
 from moesim.serving.advance import advance, note_waiting
 from moesim.serving.blocks import release
+from moesim.serving.memo import memoised
 from moesim.serving.prices import Prices
 from moesim.serving.pricing import build_prices
 from moesim.serving.schedule import enqueue
@@ -22,15 +23,6 @@ from moesim.serving.state import Book, Rules, Timeline, open_groups
 from moesim.serving.work import empty_work
 
 Ints = NDArray[np.int64]
-FOREVER = np.iinfo(np.int64).max
-
-
-def layout_of(engine: EngineConfig) -> Layout:
-    """Rank grids of one instance."""
-    dp, tp = engine.data_parallel_size, engine.tensor_parallel_size
-    experts = ExpertGrid(ep=dp * tp) if engine.enable_expert_parallel and dp * tp > 1 else ExpertGrid(edp=dp, etp=tp)
-    redundant = engine.num_redundant_experts
-    return Layout(AttentionGrid(dp=dp, tp=tp), experts, redundant, pp=engine.pipeline_parallel_size)
 
 
 def rules_of(service: Service, engine: EngineConfig, is_prefill_only: bool = False) -> Rules:
@@ -39,8 +31,7 @@ def rules_of(service: Service, engine: EngineConfig, is_prefill_only: bool = Fal
     if num_blocks is None:
         num_blocks = kv_tokens(service, engine) // engine.block_size
     has_prefixes = engine.enable_prefix_caching and len(requests.block_ids) > 0
-    tp = engine.tensor_parallel_size
-    kv_bytes = service.model.kv_bytes_per_token(tp) * engine.block_size
+    block_bytes = max(memory.cache_bytes(service.model, engine.layout)[0], 1.0) * engine.block_size
     mixers = tuple(dict.fromkeys(layer.mixer for layer in service.model.layers if layer.mixer))
     drafts = engine.num_speculative_tokens
     return Rules(
@@ -49,35 +40,21 @@ def rules_of(service: Service, engine: EngineConfig, is_prefill_only: bool = Fal
         engine.preemption_mode == "swap", is_prefill_only, engine.block_size, num_blocks, has_prefixes,
         requests.block_tokens if has_prefixes else 0,
         requests.block_tokens // engine.block_size if has_prefixes else 0,
-        int(engine.swap_space_gib * 2**30 // kv_bytes), kv_bytes / service.cluster.host_link.bytes_per_s, 1 + drafts,
-        chances(engine.acceptance_length, drafts), engine.pipeline_parallel_size,
+        int(engine.swap_space_gib * 2**30 // block_bytes), block_bytes / service.cluster.host_link.bytes_per_s, 1 + drafts,
+        np.full(drafts, constant_rate(engine.acceptance_length, drafts) if drafts else 0.0), engine.pipeline_parallel_size,
         np.array([math.inf if mixer.window is None else mixer.window for mixer in mixers]),
         engine.routing == "memoised",
     )  # fmt: skip
 
 
-def chances(acceptance_length: float, drafts: int) -> NDArray[np.float64]:
-    """One chance for every draft, given that those before it were right, with that many tokens in the mean.
-
-    Solves 1 + a + a^2 + ... + a^drafts = length; source: Leviathan, Kalman, Matias, arXiv 2211.17192, equation 1.
-
-    >>> chances(1.75, 2).round(6).tolist()
-    [0.5, 0.5]
-    """
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if sum(middle**k for k in range(drafts + 1)) < acceptance_length:
-            low = middle
-        else:
-            high = middle
-    return np.full(drafts, (low + high) / 2)
-
-
 def prices_of(service: Service, engine: EngineConfig, bound: str = "value") -> Prices:
     """What an engine's iterations cost, at the value or an end of the believed efficiencies."""
     operators = Operators(service.cluster.device, bound, service.tables, service.calibration)
-    return build_prices(service.model, service.cluster, layout_of(engine), engine, service.trace, operators)
+    prices = build_prices(service.model, service.cluster, engine.layout, engine, service.trace, operators)
+    if engine.routing == "memoised" and service.model.moe_layers:
+        most = engine.data_parallel_size * engine.max_num_batched_tokens
+        return memoised(prices, service.stream("memo"), most)
+    return prices
 
 
 @dataclass
@@ -120,17 +97,16 @@ class Instance:
         note_waiting(self.timeline, now_s, self.clock_s)
         enqueue(self.book, self.groups, self.rules, group, q)
 
-    def run(self, now_s: float, until_s: float, stops: bool, most: int = FOREVER) -> float:
-        """Run iterations that begin before `until_s`; when the last one ends, infinite if there is nothing to do."""
-        end_s = advance(
+    def run(self, now_s: float, until_s: float, stops: bool, most: int) -> tuple[float, bool]:
+        """Run iterations that begin before `until_s`, at most so many; see `advance`."""
+        end_s, is_idle = advance(
             self.book, self.groups, self.rules, self.group_Q, self.prices, self.work, self.scratch, self.timeline,
             max(now_s, self.clock_s), until_s, most, stops,
         )  # fmt: skip
-        if end_s < math.inf:
-            self.clock_s = end_s
-        return float(end_s)
+        self.clock_s = end_s
+        return float(end_s), bool(is_idle)
 
-    def left(self) -> Sequence[int]:
+    def left(self) -> list[int]:
         """Requests that have left since the last call."""
         done = self.groups.done
         found: list[int] = done[1 : 1 + int(done[0])].tolist()
@@ -146,5 +122,3 @@ class Instance:
         """Requests of each group that are running or waiting."""
         return self.groups.num_D + self.groups.waiting_D
 
-
-__all__ = ["Instance", "Placement", "chances", "layout_of", "prices_of", "rules_of"]
