@@ -58,7 +58,9 @@ class Columns:
     def lists(self, name: str) -> tuple[Ints, Ints]:
         """Lists of whole numbers as starts [N + 1] and values; text has them apart by spaces."""
         column = self.table[name].combine_chunks()
-        if pa.types.is_null(column.type) or (pa.types.is_list(column.type) and pa.types.is_null(column.type.value_type)):
+        if pa.types.is_null(column.type) or (
+            pa.types.is_list(column.type) and pa.types.is_null(column.type.value_type)
+        ):
             return np.zeros(len(column) + 1, np.int64), np.zeros(0, np.int64)
         if pa.types.is_integer(column.type):
             column = column.cast(pa.string())

@@ -63,7 +63,9 @@ def read_bytes(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read ({error}); give a whole file") from error
     if not data.strip():
-        raise ValueError(f"{path}: is empty; give one row for each request, such as arrival_s,prompt_tokens,output_tokens")
+        raise ValueError(
+            f"{path}: is empty; give one row for each request, such as arrival_s,prompt_tokens,output_tokens"
+        )
     return data
 
 
