@@ -1,7 +1,7 @@
 """Made-up traffic: when requests come, and how long they are.
 
-Arrival processes give times in seconds, non-decreasing, from 0: the first `num`, or all before `duration_s` (exactly one
-of the two is given). `rate_per_s` is always the mean rate in the long run. Lengths are whole tokens, at least 1.
+Arrival processes give times in seconds, non-decreasing, from 0: the first `num`, or all before `duration_s` (one of the
+two is given). `rate_per_s` is always the mean rate in the long run. Lengths are whole tokens, at least 1.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def load_trace(name_or_path: str, folder: Path | None = None) -> RoutingTrace:
     if name_or_path in trace_names():
         with resources.as_file(resources.files("moesim.traces") / f"{name_or_path}.parquet") as path:
             return read_trace(path)
-    path = _beside(name_or_path, folder)
+    path = beside_file(name_or_path, folder)
     if not path.exists() and path.suffix not in (".parquet", ".arrow"):
         known = nearest(name_or_path, trace_names())
         raise ValueError(f"no trace {name_or_path!r}; give a .parquet file, or a packaged one; {known}")
@@ -109,7 +109,7 @@ def read_setups(path: str | Path, changes: Sequence[str], build: Build[B]) -> li
         if not isinstance(override, dict):
             mistakes.append(f"beside.{name}: must be a table, not {override!r}")
             continue
-        variants.append((f"beside.{name}.", _merged(values, {"name": name, **override})))
+        variants.append((f"beside.{name}.", merged(values, {"name": name, **override})))
     loaded: dict[tuple[str, str], Any] = {}
     setups = []
     for prefix, variant in variants:
@@ -141,11 +141,12 @@ def _apply(values: dict[str, Any], change: str, mistakes: list[str]) -> None:
     values[last] = value
 
 
-def _merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with what another one changes of it, tables inside it included."""
     result = copy.deepcopy(dict(base))
     for key, value in override.items():
         inner = result.get(key)
-        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return result
 
 
@@ -194,8 +195,8 @@ def load_parts(
         "model": lambda text: load_model(_existing(text, folder)),
         "hardware": lambda text: load_cluster(_existing(text, folder)),
         "trace": lambda text: load_trace(text, folder),
-        "profile": lambda text: load_profile(_beside(text, folder)),
-        "calibration": lambda text: load_calibration(_beside(text, folder)),
+        "profile": lambda text: load_profile(beside_file(text, folder)),
+        "calibration": lambda text: load_calibration(beside_file(text, folder)),
     }
     for key, load in loaders.items():
         text = values.get(key)
@@ -260,7 +261,8 @@ def _made_up(model: ModelSpec, text: str) -> RoutingTrace:
     )  # fmt: skip
 
 
-def _beside(text: str, folder: Path | None) -> Path:
+def beside_file(text: str, folder: Path | None) -> Path:
+    """A path next to the scenario file, where there is something of that name; the path itself otherwise."""
     path = Path(text)
     return folder / path if folder is not None and not path.is_absolute() and (folder / path).exists() else path
 
@@ -268,4 +270,4 @@ def _beside(text: str, folder: Path | None) -> Path:
 def _existing(text: str, folder: Path) -> str:
     """A path next to the scenario file, where there is one of that name with a suffix; the text itself otherwise."""
     looks_like_path = "/" in text or text.endswith((".toml", ".json"))
-    return str(_beside(text, folder)) if looks_like_path else text
+    return str(beside_file(text, folder)) if looks_like_path else text

@@ -92,8 +92,8 @@ def _replayed(spec: RequestsSpec, traffic: Traffic) -> Requests:
             found = replace(found, notes=(*found.notes, f"the file has {len(found)} of {spec.num_requests} requests"))
     if not len(found):
         raise ValueError(
-            f"{requests.source} has no request from start_s = {start_s} on for duration_s = {spec.duration_s}; its last "
-            f"one comes at {requests.arrival_s_Q[-1]} s"
+            f"{requests.source} has no request from start_s = {start_s} on for duration_s = {spec.duration_s}; its "
+            f"last one comes at {requests.arrival_s_Q[-1]} s"
         )
     return _numbered(found)
 

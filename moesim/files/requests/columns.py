@@ -30,7 +30,7 @@ class Columns:
             return np.zeros(len(column))
         values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         self._blame(name, ~np.isfinite(values), values, "must be a number")
-        return np.nan_to_num(values, posinf=0, neginf=0)
+        return np.asarray(np.nan_to_num(values, posinf=0, neginf=0))
 
     def counts(self, name: str, least: int) -> Ints:
         """Whole numbers, `least` or more."""

@@ -5,10 +5,10 @@ NAME_datasets.jsonl (or .jsonl.gz) has for each client, in longer windows, the c
 Answers of reasoning models have their reasoning in output_tokens; reason_ratio splits it and is not used.
 
 Source: arXiv 2505.09999 and the code beside it. As there, the gaps of a client's window are drawn from its gamma or
-Weibull law and scaled so that they fill the window, and the lengths from the window's probability mass functions. Unlike
-there: the number in a window is rate x 600 s rounded up or down by chance (there always up, and the last falls out), and
-the two lengths of a request are drawn apart (there one random number gives both, so that long prompts always have long
-answers).
+Weibull law and scaled so that they fill the window, and the lengths from the window's probability mass functions.
+Unlike there: the number in a window is rate x 600 s rounded up or down by chance (there always up, and the last falls
+out), and the two lengths of a request are drawn apart (there one random number gives both, so that long prompts always
+have long answers).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Lengths:
     def draw(self, rng: np.random.Generator, num: int) -> Ints:
         """Independent draws."""
         place = np.searchsorted(self.chance, rng.random(num) * self.chance[-1], side="right")
-        return self.tokens[np.minimum(place, len(self.tokens) - 1)]
+        return np.asarray(self.tokens[np.minimum(place, len(self.tokens) - 1)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +141,10 @@ def read_profiles(path: Path) -> Profiles:
     kind_W, is_busy_W = columns["dist"].astype(str), rate_W > 0
     if not (rate_W >= 0).all():
         mistakes.append("column rate: must be 0 or more in all rows")
-    for other in sorted(set(kind_W[is_busy_W]) - {"Gamma", "Weibull"}):
-        mistakes.append(f"column dist: must be Gamma or Weibull where rate is above 0, given {other!r}")
+    mistakes += [
+        f"column dist: must be Gamma or Weibull where rate is above 0, given {other!r}"
+        for other in sorted(set(kind_W[is_busy_W]) - {"Gamma", "Weibull"})
+    ]
     if not (shape_W[is_busy_W] > 0).all():
         mistakes.append("column p1: the shape must be above 0 where rate is")
     lengths_path, lengths = _read_lengths(path)
@@ -174,8 +176,8 @@ def _read_lengths(path: Path) -> tuple[Path, dict[int, list[tuple[float, Lengths
             found[int(entry["client"])] = sorted(full, key=lambda part: part[0])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f'{beside}: row {number}: must be {{"client": 0, "windows": {{"0": {{"input_tokens": "{{45: 0.5, ...}}", '
-                f'"output_tokens": ...}}}}}} ({error!r})'
+                f'{beside}: row {number}: must be {{"client": 0, "windows": {{"0": {{"input_tokens": '
+                f'"{{45: 0.5, ...}}", "output_tokens": ...}}}}}} ({error!r})'
             ) from error
     return beside, found
 
