@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
@@ -67,47 +66,28 @@ class Scenario:
         longest = self.workload.prompt_tokens
         if longest is None:
             longest = int(np.bincount(self.trace.request_T[~self.trace.is_decode_T]).max(initial=1))
-        pp, layers = self.layout.pp, self.model.layers
-        edges = [s * len(layers) // pp for s in range(pp + 1)]
         stages = [
             memory.device_bytes(
-                replace(self.model, layers=layers[first:last]),
+                stage,
                 self.layout,
                 requests_per_group=-(-self.workload.num_requests // self.layout.attention.dp),
                 tokens_per_request=longest + self.workload.output_tokens,
                 batched_tokens=max(self.workload.max_num_batched_tokens, longest),
                 device_expert_fraction=self.policies.device_expert_fraction,
             )
-            for first, last in pairwise(edges)
+            for stage in memory.stages(self.model, self.layout.pp)
         ]
         fullest = max(stages, key=lambda parts: sum(parts.values()))
         return fullest | {"capacity": self.cluster.device.memory.capacity_bytes}
 
     def warnings(self) -> list[str]:
         """What the reader of a result should know about where its routing and its tables come from."""
-        found = []
-        if self.trace.origin == "counts":
-            found.append(
-                "the routing is made from expert counts: the loads of the experts are the source's; which experts a "
-                "token has together, and what follows what, is chance"
-            )
-        elif self.trace.origin != "trained":
-            found.append(f"the routing is {self.trace.origin}, not that of a trained model")
-        device = self.cluster.device.name
-        found += [
-            f"the profile was measured on {other}, the machine has {device}: its kernels are priced as {other}'s"
-            for other in sorted({table.device for table in self.tables.tables})
-            if not _is_of(other, device)
-        ]
-        groups = self.calibration.facts.get("groups", []) if self.calibration else []
-        if groups and not any(_is_of(word, device) for group in groups for word in group.split()):
-            found.append(f"the calibration was fitted to {', '.join(groups)}; none of them ran on {device}")
-        return found
+        return source_warnings(self.trace, self.tables, self.calibration, self.cluster.device.name)
 
     def mistakes(self) -> list[str]:
         """Every rule that the parts break together, one sentence each; an empty list for a sound scenario."""
         found = self.layout.mistakes(self.model, self.cluster.num_ranks) + self.workload.mistakes()
-        found += self._policy_mistakes() + self._network_mistakes() + self._trace_mistakes()
+        found += self._policy_mistakes() + self._network_mistakes() + trace_mistakes(self.trace, self.model)
         if any(layer.cross for layer in self.model.layers):
             found.append(
                 f"model: {self.model.name!r} is an encoder-decoder, which no step is lowered for yet; use a decoder"
@@ -223,17 +203,42 @@ class Scenario:
             )
         return found
 
-    def _trace_mistakes(self) -> list[str]:
-        if not self.model.moe_layers:
-            return []
-        trace, routed = self.trace, self.model.experts
-        pairs = {
-            "MoE layers": (trace.num_layers, len(self.model.moe_layers)),
-            "experts": (trace.num_experts, routed.num_experts),
-            "experts per token": (trace.top_k, routed.top_k),
-        }
-        return [
-            f"trace: {trace.name!r} has {have} {what}, model {self.model.name!r} has {want}; use a trace of that shape"
-            for what, (have, want) in pairs.items()
-            if have != want
-        ]
+
+def source_warnings(
+    trace: RoutingTrace, tables: MeasuredTables, calibration: Calibration | None, device: str
+) -> list[str]:
+    """What the reader of a result should know about where its routing, tables and constants come from."""
+    found = []
+    if trace.origin == "counts":
+        found.append(
+            "the routing is made from expert counts: the loads of the experts are the source's; which experts a "
+            "token has together, and what follows what, is chance"
+        )
+    elif trace.origin != "trained":
+        found.append(f"the routing is {trace.origin}, not that of a trained model")
+    found += [
+        f"the profile was measured on {other}, the machine has {device}: its kernels are priced as {other}'s"
+        for other in sorted({table.device for table in tables.tables})
+        if not _is_of(other, device)
+    ]
+    groups = calibration.facts.get("groups", []) if calibration else []
+    if groups and not any(_is_of(word, device) for group in groups for word in group.split()):
+        found.append(f"the calibration was fitted to {', '.join(groups)}; none of them ran on {device}")
+    return found
+
+
+def trace_mistakes(trace: RoutingTrace, model: ModelSpec) -> list[str]:
+    """What keeps a trace from routing the tokens of a model: its shape."""
+    if not model.moe_layers:
+        return []
+    routed = model.experts
+    pairs = {
+        "MoE layers": (trace.num_layers, len(model.moe_layers)),
+        "experts": (trace.num_experts, routed.num_experts),
+        "experts per token": (trace.top_k, routed.top_k),
+    }
+    return [
+        f"trace: {trace.name!r} has {have} {what}, model {model.name!r} has {want}; use a trace of that shape"
+        for what, (have, want) in pairs.items()
+        if have != want
+    ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 from moesim.layout import Layout
-from moesim.mixers import Attention
+from moesim.mixers import Attention, Mixer
 from moesim.model import BYTES_PER_PARAM, Dense, Experts, ModelSpec
 
 
@@ -35,9 +37,8 @@ def device_bytes(
         if layer.mixer:
             other += layer.mixer.num_params(h) * size[model.dtypes.attention] / tp
             kept = tokens_per_request if layer.mixer.window is None else min(tokens_per_request, layer.mixer.window)
-            cut = min(tp, layer.mixer.num_kv_heads) if isinstance(layer.mixer, Attention) else 1
-            values = kept * layer.mixer.kv_values_per_token() / cut + layer.mixer.state_values(h) / tp
-            kv += requests_per_group * values * size[model.dtypes.kv] / layout.attention.cp
+            per_token, state = _layer_cache_bytes(layer.mixer, model, layout)
+            kv += requests_per_group * (kept * per_token + state)
         if isinstance(layer.ffn, Dense):
             other += layer.ffn.num_params(h) * size[model.dtypes.dense] / tp
             widest = max(widest, layer.ffn.width // tp)
@@ -53,3 +54,29 @@ def device_bytes(
             widest = max(widest, layer.ffn.top_k * max(layer.ffn.expert_widths) // layout.experts.etp)
     activations = batched_tokens / layout.attention.cp * (4 * h + 2 * widest) * size[model.dtypes.activation]
     return {"experts": experts, "other_weights": other, "kv_cache": kv, "activations": activations}
+
+
+def cache_bytes(model: ModelSpec, layout: Layout) -> tuple[float, float]:
+    """Bytes of one device's cache that a further token of a request takes, and that each request takes at any length.
+
+    Layers with a window are in the second, with a full window, as are states.
+    """
+    per_token, per_request = 0.0, 0.0
+    for mixer in (layer.mixer for layer in model.layers if layer.mixer):
+        token_bytes, state_bytes = _layer_cache_bytes(mixer, model, layout)
+        per_token += token_bytes if mixer.window is None else 0.0
+        per_request += state_bytes + token_bytes * (mixer.window or 0)
+    return per_token, per_request
+
+
+def stages(model: ModelSpec, pp: int) -> list[ModelSpec]:
+    """The layers of each pipeline stage; embeddings are counted in every one."""
+    edges = [stage * len(model.layers) // pp for stage in range(pp + 1)]
+    return [replace(model, layers=model.layers[first:last]) for first, last in pairwise(edges)]
+
+
+def _layer_cache_bytes(mixer: Mixer, model: ModelSpec, layout: Layout) -> tuple[float, float]:
+    """Bytes of one device for each token kept in a layer, and for each request."""
+    tp, size = layout.attention.tp, BYTES_PER_PARAM[model.dtypes.kv] / layout.attention.cp
+    cut = min(tp, mixer.num_kv_heads) if isinstance(mixer, Attention) else 1
+    return mixer.kv_values_per_token() / cut * size, mixer.state_values(model.hidden_size) / tp * size

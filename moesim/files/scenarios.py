@@ -9,13 +9,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tomllib
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from moesim.costs.measured import MeasuredTables
 from moesim.faults import Faults
@@ -25,6 +23,7 @@ from moesim.files.keys import nearest
 from moesim.files.models import load_model
 from moesim.files.profiles.calibrated import load_calibration
 from moesim.files.profiles.tables import load_profile
+from moesim.files.structure import structure
 from moesim.files.tables import raise_all, read_toml
 from moesim.files.traces import read_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
@@ -35,12 +34,10 @@ from moesim.routing.trace import RoutingTrace
 from moesim.scenario import Scenario
 from moesim.workload import Workload
 
-T = TypeVar("T")
-_SCALARS = ("name", "model", "hardware", "profile", "calibration", "trace", "engine", "seed")
-_TABLES: dict[str, type] = {
-    "layout": Layout, "workload": Workload, "policies": Policies, "dtypes": Dtypes,
-    "faults": Faults,
-}  # fmt: skip
+B = TypeVar("B", covariant=True)
+PARTS = ("name", "model", "hardware", "profile", "calibration", "trace", "seed", "dtypes")
+"""Keys that every kind of set-up has, see `load_parts`."""
+_TABLES: dict[str, type] = {"layout": Layout, "workload": Workload, "policies": Policies, "faults": Faults}
 
 
 def trace_names() -> tuple[str, ...]:
@@ -60,7 +57,7 @@ def load_trace(name_or_path: str, folder: Path | None = None) -> RoutingTrace:
     if name_or_path in trace_names():
         with resources.as_file(resources.files("moesim.traces") / f"{name_or_path}.parquet") as path:
             return read_trace(path)
-    path = _beside(name_or_path, folder)
+    path = beside_file(name_or_path, folder)
     if not path.exists() and path.suffix not in (".parquet", ".arrow"):
         known = nearest(name_or_path, trace_names())
         raise ValueError(f"no trace {name_or_path!r}; give a .parquet file, or a packaged one; {known}")
@@ -72,6 +69,27 @@ def load_scenarios(path: str | Path, changes: Sequence[str] = ()) -> list[Scenar
 
     Args:
         changes: "path.to.key=value" each, TOML values, applied to the base before the others are derived from it.
+
+    Raises:
+        ValueError: one message with every mistake in the file.
+    """
+    return read_setups(path, changes, _build)
+
+
+class Build(Protocol[B]):
+    """Makes one set-up of its values; None where anything is wrong with it (then `mistakes` says what).
+
+    prefix: of the keys in mistakes; loaded: what other set-ups of the file have loaded, to be added to.
+    """
+
+    def __call__(
+        self, values: dict[str, Any], prefix: str, folder: Path, loaded: dict[tuple[str, str], Any], mistakes: list[str]
+    ) -> B | None:
+        """One set-up."""
+
+
+def read_setups(path: str | Path, changes: Sequence[str], build: Build[B]) -> list[B]:
+    """The base of a file and each set-up of its `[beside]`, all made by `build`.
 
     Raises:
         ValueError: one message with every mistake in the file.
@@ -91,16 +109,16 @@ def load_scenarios(path: str | Path, changes: Sequence[str] = ()) -> list[Scenar
         if not isinstance(override, dict):
             mistakes.append(f"beside.{name}: must be a table, not {override!r}")
             continue
-        variants.append((f"beside.{name}.", _merged(values, {"name": name, **override})))
+        variants.append((f"beside.{name}.", merged(values, {"name": name, **override})))
     loaded: dict[tuple[str, str], Any] = {}
-    scenarios = []
+    setups = []
     for prefix, variant in variants:
         found: list[str] = []
-        scenarios.append(_build(variant, prefix, path.parent, loaded, found))
+        setups.append(build(variant, prefix, path.parent, loaded, found))
         # What a set-up inherited from the base has been told of the base.
         mistakes += [mistake for mistake in found if mistake.removeprefix(prefix) not in mistakes]
     raise_all(str(path), mistakes)
-    return [scenario for scenario in scenarios if scenario is not None]
+    return [setup for setup in setups if setup is not None]
 
 
 def _apply(values: dict[str, Any], change: str, mistakes: list[str]) -> None:
@@ -123,11 +141,12 @@ def _apply(values: dict[str, Any], change: str, mistakes: list[str]) -> None:
     values[last] = value
 
 
-def _merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with what another one changes of it, tables inside it included."""
     result = copy.deepcopy(dict(base))
     for key, value in override.items():
         inner = result.get(key)
-        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return result
 
 
@@ -136,15 +155,48 @@ def _build(
 ) -> Scenario | None:
     """One set-up; None where anything is wrong with it (then `mistakes` says what)."""
     before = len(mistakes)
-    known = [*_SCALARS, *_TABLES, "beside"]
+    known = [*PARTS, *_TABLES, "engine", "beside"]
     mistakes += [f"{prefix}{key}: unknown key; {nearest(key, known)}" for key in values if key not in known]
+    parts = load_parts(values, prefix, folder, loaded, mistakes)
+    for key, cls in _TABLES.items():
+        if key in values or key == "workload":
+            parts[key] = structure(cls, values.get(key, {}), f"{prefix}{key}", mistakes)
+    if len(mistakes) > before:
+        return None
+    scenario = Scenario(
+        name=str(values["name"]),
+        model=parts["model"],
+        cluster=parts["hardware"],
+        layout=parts.get("layout", Layout(AttentionGrid(), ExpertGrid())),
+        workload=parts["workload"],
+        trace=parts["trace"],
+        policies=parts.get("policies", Policies()),
+        faults=parts.get("faults", Faults()),
+        tables=parts.get("profile", MeasuredTables()),
+        calibration=parts.get("calibration"),
+        engine=values.get("engine", "simulate"),
+        seed=values.get("seed", 0),
+        plain=values,
+    )
+    found = scenario.mistakes()
+    mistakes += [f"{prefix}{mistake}" for mistake in found]
+    return None if found else scenario
+
+
+def load_parts(
+    values: dict[str, Any], prefix: str, folder: Path, loaded: dict[tuple[str, str], Any], mistakes: list[str]
+) -> dict[str, Any]:
+    """What the names in a set-up stand for: model (in its dtypes), hardware, trace, profile and calibration.
+
+    Also checks the seed. What cannot be loaded lacks, and `mistakes` says why.
+    """
     parts: dict[str, Any] = {}
     loaders: dict[str, Callable[[str], Any]] = {
         "model": lambda text: load_model(_existing(text, folder)),
         "hardware": lambda text: load_cluster(_existing(text, folder)),
         "trace": lambda text: load_trace(text, folder),
-        "profile": lambda text: load_profile(_beside(text, folder)),
-        "calibration": lambda text: load_calibration(_beside(text, folder)),
+        "profile": lambda text: load_profile(beside_file(text, folder)),
+        "calibration": lambda text: load_calibration(beside_file(text, folder)),
     }
     for key, load in loaders.items():
         text = values.get(key)
@@ -156,54 +208,34 @@ def _build(
             continue
         remembered = (key, text)
         if key == "trace" and _is_made_up(text):
-            if not isinstance(model := parts.get("model"), ModelSpec):
+            if "model" not in parts:
                 continue  # its shape is the model's, which is wrong itself
+            model: ModelSpec = parts["model"]
             remembered, load = (f"trace for {model.name}", text), partial(_made_up, model)
         if remembered not in loaded:
             try:
                 loaded[remembered] = load(text)
             except ValueError as error:
                 loaded[remembered] = ValueError(f"{prefix}{key}: " + str(error).replace("\n", "\n    "))
-        parts[key] = loaded[remembered]
-        if isinstance(parts[key], ValueError):
-            mistakes.append(str(parts[key]))
-    for key, cls in _TABLES.items():
-        if key in values or key == "workload":
-            parts[key] = structure(cls, values.get(key, {}), f"{prefix}{key}", mistakes)
-    seed, engine = values.get("seed", 0), values.get("engine", "simulate")
+        if isinstance(loaded[remembered], ValueError):
+            mistakes.append(str(loaded[remembered]))
+        else:
+            parts[key] = loaded[remembered]
+    seed = values.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         mistakes.append(f"{prefix}seed: must be a whole number of 0 or more, not {seed!r}")
-    if len(mistakes) > before:
-        return None
-    model = parts["model"]
-    if "dtypes" in parts:
-        given = values["dtypes"]
-        mistakes += [
-            f"{prefix}dtypes.{part}: unknown format {dtype!r}; {nearest(str(dtype), BYTES_PER_PARAM)}"
+    given = values.get("dtypes", {})
+    if structure(Dtypes, given, f"{prefix}dtypes", mistakes) is not None:
+        unknown = [
+            f"{prefix}dtypes.{part}: unknown format {dtype!r}; {nearest(dtype, BYTES_PER_PARAM)}"
             for part, dtype in given.items()
             if dtype not in BYTES_PER_PARAM
         ]
-        if len(mistakes) > before:
-            return None
-        model = dataclasses.replace(model, dtypes=dataclasses.replace(model.dtypes, **given))
-    scenario = Scenario(
-        name=str(values["name"]),
-        model=model,
-        cluster=parts["hardware"],
-        layout=parts.get("layout", Layout(AttentionGrid(), ExpertGrid())),
-        workload=parts["workload"],
-        trace=parts["trace"],
-        policies=parts.get("policies", Policies()),
-        faults=parts.get("faults", Faults()),
-        tables=parts.get("profile", MeasuredTables()),
-        calibration=parts.get("calibration"),
-        engine=engine,
-        seed=seed,
-        plain=values,
-    )
-    found = scenario.mistakes()
-    mistakes += [f"{prefix}{mistake}" for mistake in found]
-    return None if found else scenario
+        mistakes += unknown
+        if "model" in parts and not unknown:
+            model = parts["model"]
+            parts["model"] = dataclasses.replace(model, dtypes=dataclasses.replace(model.dtypes, **given))
+    return parts
 
 
 def _is_made_up(trace: str) -> bool:
@@ -229,54 +261,8 @@ def _made_up(model: ModelSpec, text: str) -> RoutingTrace:
     )  # fmt: skip
 
 
-def structure(cls: type[T], values: Any, where: str, mistakes: list[str]) -> T | None:
-    """A dataclass from a table; unknown keys, missing keys and wrong types are added to `mistakes`."""
-    if not isinstance(values, dict):
-        mistakes.append(f"{where}: must be a table, not {values!r}")
-        return None
-    before = len(mistakes)
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    mistakes += [f"{where}.{key}: unknown key; {nearest(key, fields)}" for key in values if key not in fields]
-    built: dict[str, Any] = {}
-    for name, item in fields.items():
-        if name not in values:
-            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-                mistakes.append(f"{where}.{name}: is missing; give {_wanted(hints[name])}")
-            continue
-        value, hint = values[name], hints[name]
-        if dataclasses.is_dataclass(hint):
-            built[name] = structure(typing.cast(type, hint), value, f"{where}.{name}", mistakes)
-        elif _fits(value, hint):
-            built[name] = value
-        else:
-            mistakes.append(f"{where}.{name}: must be {_wanted(hint)}, not {value!r}")
-    return None if len(mistakes) > before else cls(**built)
-
-
-def _options(hint: Any) -> tuple[type, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(value, bool):
-        return bool in _options(hint)
-    kinds = tuple((int, float) if kind is float else (typing.get_origin(kind) or kind,) for kind in _options(hint))
-    return isinstance(value, tuple(k for group in kinds for k in group))
-
-
-def _wanted(hint: Any) -> str:
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "a string",
-        bool: "true or false",
-        type(None): "nothing",
-    }
-    return " or ".join(names.get(kind, "a table") for kind in _options(hint))
-
-
-def _beside(text: str, folder: Path | None) -> Path:
+def beside_file(text: str, folder: Path | None) -> Path:
+    """A path next to the scenario file, where there is something of that name; the path itself otherwise."""
     path = Path(text)
     return folder / path if folder is not None and not path.is_absolute() and (folder / path).exists() else path
 
@@ -284,4 +270,4 @@ def _beside(text: str, folder: Path | None) -> Path:
 def _existing(text: str, folder: Path) -> str:
     """A path next to the scenario file, where there is one of that name with a suffix; the text itself otherwise."""
     looks_like_path = "/" in text or text.endswith((".toml", ".json"))
-    return str(_beside(text, folder)) if looks_like_path else text
+    return str(beside_file(text, folder)) if looks_like_path else text
