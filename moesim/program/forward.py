@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.costs import network
+from moesim.costs.attention import attention_core
 from moesim.costs.operators import Operators, Timed, stacked
 from moesim.hardware import SOURCES, Cluster
 from moesim.layout import Layout
-from moesim.mixers import Attention, LatentAttention, Mamba, Mixer
+from moesim.mixers import Attention, LatentAttention, Mixer
 from moesim.model import BYTES_PER_PARAM, Dense, Experts, Layer, ModelSpec
 from moesim.program.batch import Batch, Members
 from moesim.program.exchange import Exchange
@@ -309,25 +310,12 @@ class Forward:
 
     def _attention_core_D(self, ops: Operators, mixer: Mixer, batch: Batch) -> Timed:
         """Attention of one layer without its projections, for each data-parallel group (each of its ranks alike)."""
-        tp, kv_bytes, h = self._tp, BYTES_PER_PARAM[self.model.dtypes.kv], self.model.hidden_size
-        kept_D, requests_D = batch.kept_D(mixer.window), batch.members.requests_D
+        kept_D, members = batch.kept_D(mixer.window), batch.members
         if batch.phase == "decode":  # each rank has its share of every cache
             kept_D = kept_D if self._cp == 1 else kept_D / self._cp
             pairs_D = batch.queries * kept_D
         else:
             pairs_D = batch.pairs_D(mixer.window) / self._cp
-        cache_bytes = kept_D * mixer.kv_values_per_token() * kv_bytes
-        if isinstance(mixer, Attention):
-            flops = 4.0 * mixer.num_heads * mixer.head_dim * pairs_D / tp
-            cache_bytes = cache_bytes / min(tp, mixer.num_kv_heads)
-        elif isinstance(mixer, LatentAttention):
-            absorbed = 2 * mixer.kv_lora_rank + mixer.qk_rope_head_dim
-            width = absorbed if batch.phase == "decode" else mixer.head_dim + mixer.v_head_dim
-            flops = 2.0 * mixer.num_heads * width * pairs_D / tp
-        else:
-            inner = mixer.expand * h if isinstance(mixer, Mamba) else mixer.num_heads * mixer.value_head_dim
-            depth = mixer.state_size if isinstance(mixer, Mamba) else mixer.key_head_dim
-            flops = 6.0 * inner * depth * batch.members.tokens_D / tp
-            cache_bytes = 2.0 * requests_D * mixer.state_values(h) * kv_bytes / tp
-        kv_dtype = self.model.dtypes.kv
-        return ops.attention_core(mixer, batch.phase, requests_D, kept_D, flops, cache_bytes, tp, kv_dtype)
+        return attention_core(
+            ops, self.model, mixer, self._tp, batch.phase, members.requests_D, members.tokens_D, kept_D, pairs_D
+        )

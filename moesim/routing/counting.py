@@ -176,10 +176,10 @@ class Counter:
         self._message = message
         tables = SlotTables.of(placement, num_experts)
         rank_LXE = tables.rank_P[tables.slot_LXE].astype(np.uint64)
-        self._place_LXE = tables.slot_LXE.astype(np.uint64) | rank_LXE << np.uint64(_RANK_SHIFT)
+        self.place_LXE = tables.slot_LXE.astype(np.uint64) | rank_LXE << np.uint64(_RANK_SHIFT)
         self.num_layers, num_slots = placement.slot_expert_LP.shape
         self._slots_per_rank = num_slots // placement.ep
-        self._base_R = (np.arange(num_ranks) // placement.ep * placement.ep).astype(np.int32)
+        self.base_R = (np.arange(num_ranks) // placement.ep * placement.ep).astype(np.int32)
         self._node_R = node_R
         self.num_ranks = num_ranks
         self._sent_LRR = np.zeros((self.num_layers, num_ranks, num_ranks), np.int32)  # scratch, kept to save its set-up
@@ -206,12 +206,12 @@ class Counter:
         stamp_LR = np.full(shape, -1, np.int32)
         self._sent_LRR[:] = 0
         _count(
-            ids_TLK, rows_B, source_B, choice_B, np.argsort(source_B, kind="stable"), self._base_R, self._place_LXE,
+            ids_TLK, rows_B, source_B, choice_B, np.argsort(source_B, kind="stable"), self.base_R, self.place_LXE,
             self._slots_per_rank, load_LP, self._sent_LRR, stamp_LR, np.int32(self._message == "choice"),
         )  # fmt: skip
         if self._message == "node":
             sent_LRN = np.zeros((*shape, int(self._node_R.max()) + 1), np.int32)
-            _count_nodes(ids_TLK, rows_B, source_B, choice_B, self._base_R, self._place_LXE, self._node_R, sent_LRN)
+            _count_nodes(ids_TLK, rows_B, source_B, choice_B, self.base_R, self.place_LXE, self._node_R, sent_LRN)
             _sum_relayed(self._sent_LRR, sent_LRN, self._node_R, traffic_CLR)
         else:
             _sum_traffic(self._sent_LRR, self._node_R, traffic_CLR)
@@ -226,8 +226,8 @@ class Counter:
         choice_B: NDArray[np.int64] | None = None,
     ) -> Counts:
         """The counts of an iteration together with the rank of each token's choices."""
-        choice_B = (np.arange(len(rows_B)) if choice_B is None else choice_B) % self._place_LXE.shape[1]
+        choice_B = (np.arange(len(rows_B)) if choice_B is None else choice_B) % self.place_LXE.shape[1]
         ids_LBK = ids_TLK[rows_B].swapaxes(0, 1)
         layer_L = np.arange(self.num_layers)[:, None, None]
-        rank_LBK = (self._place_LXE[layer_L, choice_B[:, None], ids_LBK] >> np.uint64(_RANK_SHIFT)).astype(np.int64)
-        return replace(counts, source_B=source_B, target_LBK=rank_LBK + self._base_R[source_B][:, None])
+        rank_LBK = (self.place_LXE[layer_L, choice_B[:, None], ids_LBK] >> np.uint64(_RANK_SHIFT)).astype(np.int64)
+        return replace(counts, source_B=source_B, target_LBK=rank_LBK + self.base_R[source_B][:, None])

@@ -14,48 +14,63 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-TOKEN_PARTS = ("attention", "allreduce", "router", "shared_experts", "dense", "allreduce_after")
-"""What depends on a rank's tokens alone: projections; the collective of tensor parallelism after attention; ...; the
-one after the experts or the dense network."""
+ALLREDUCE, HALF, ROUTER, SHARED, SEND, JOINED, NUM_OPS = range(7)
+"""What depends on a group's tokens alone, beside mixers and dense networks: an all-reduce of tensor parallelism; one
+half of it (reduce-scatter or all-gather); router; shared experts; to the next stage; what joins hidden state and
+embedding before a drafting layer. How many these are."""
 NO_EXCHANGE, BY_RANK, BY_CHOICE, BY_NODE, GATHERED, ADDED = range(6)
 """How tokens reach spread experts: not at all; once to each rank that needs them; once for each choice; once to each
 node; all to all ranks, and results back by reduce-scatter; or they are there already, and results are all-reduced."""
+NO_HEAD, HEAD, DRAFT_HEAD = range(3)
 
 
 class Prices(NamedTuple):
-    """Prices of one instance: D groups of tp ranks (R in all), L layers of V kinds, N points of a grid.
+    """Prices of one instance: D groups of tp ranks (R in all), L layers, N points of a grid of token counts.
+
+    V kinds of mixers, F kinds of dense networks; O = V + F + `NUM_OPS` operations that tokens alone decide, in this
+    order. R expert ranks (groups, where experts are not spread) of S slots, P slots in an expert-parallel group.
 
     Attributes:
         tp: ranks of a group.
-        kind_L, moe_L, stage_L: of each layer in order its kind, its MoE layer in the trace (-1: none), and its
-            pipeline stage.
-        mixer_V, window_V: of each kind, which mixer (for `kept`), and the most tokens it looks back on.
-        grid_N, token_s_VPN: tokens of a rank from 0 up, and seconds of each of `TOKEN_PARTS`.
-        head_s_N: of rows through the output head; send_s_N: of tokens to the next stage.
+        mixer_L, dense_L, moe_L: of each layer in order its kind of mixer, its kind of dense network, and its MoE layer
+            in the trace; -1 for none.
+        head_L: which head follows the layer: `NO_HEAD`, `HEAD`, or `DRAFT_HEAD`.
+        stage_L: its pipeline stage.
+        window_V: the most tokens that a mixer looks back on.
+        has_shared: whether experts are shared, beside the dispatch.
+        num_drafts: tokens that are drafted for each decoding request.
+        grid_N, token_s_ON: tokens of a group, the first `unit_points` from 0 on by one; seconds of each operation.
+        head_s_N: of rows through the output head.
         requests_A, context_C, decode_s_VAC: decoding requests, mean cached tokens of each, attention's seconds.
         chunk_X, before_Y, prefill_s_VXY: tokens of a chunk, tokens before it, attention's seconds.
         host_s: of an iteration, that nothing hides.
         slowdown_R: factor on the computation of each rank.
+        ids_TLK: of the trace.
         place_LXE, base_R, slots_per_rank, node_R: see `moesim.routing.counting.Counter`.
-        experts_mode: 0 for a roofline of each slot, 1 for a table by (rows, active slots) of a rank.
-        params_LRS, roofline: parameters of each slot; [weight bytes, row bytes, s per FLOP, s per byte, launches' s].
+        has_experts_table: whether experts are priced by the table (rows, slots that have any) of a rank; else each slot
+            is on its own roofline.
+        params_LRS, roofline: parameters of each slot; [bytes of a weight, of a row, s per FLOP, s per byte, s of
+            launches].
         rows_I, active_J, experts_s_IJ: the table.
         exchange: one of `NO_EXCHANGE`, ...
-        exchange_s: [dispatch: s per message inside a node, beyond; combine: inside, beyond; start of dispatch, of
-            combine].
-        shares_PX: of each of `moesim.serving.work.PARTS`, the share that rests on each of `SOURCES`.
+        exchange_s: [dispatch's s per message inside a node, beyond; combine's inside, beyond; starting one].
+        shares_PX: of each of `moesim.serving.work.PARTS`, the share that rests on each of `hardware.SOURCES`.
+        memo: what stands for counting, see `moesim.serving.memo`; without points where tokens are counted.
     """
 
     tp: int
-    kind_L: Ints
+    mixer_L: Ints
+    dense_L: Ints
     moe_L: Ints
+    head_L: Ints
     stage_L: Ints
-    mixer_V: Ints
     window_V: Floats
+    has_shared: bool
+    num_drafts: int
+    unit_points: int
     grid_N: Floats
-    token_s_VPN: Floats
+    token_s_ON: Floats
     head_s_N: Floats
-    send_s_N: Floats
     requests_A: Floats
     context_C: Floats
     decode_s_VAC: Floats
@@ -69,7 +84,7 @@ class Prices(NamedTuple):
     base_R: NDArray[np.int32]
     slots_per_rank: int
     node_R: NDArray[np.int32]
-    experts_mode: int
+    has_experts_table: bool
     params_LRS: Floats
     roofline: Floats
     rows_I: Floats
@@ -78,3 +93,42 @@ class Prices(NamedTuple):
     exchange: int
     exchange_s: Floats
     shares_PX: Floats
+    memo: Memo
+
+
+class Memo(NamedTuple):
+    """What routing costs by the number of tokens, counted beforehand: G token counts, W samples of each, S stages.
+
+    H kinds of segments: what ranks do between one combine and the next dispatch, or in a whole stage where there is
+    neither.
+
+    Attributes:
+        tokens_G: of the instance; of a group where experts are not spread.
+        routed_s_GWSX: seconds of all MoE layers of a stage: dispatch, experts, combine, means over ranks; and what
+            ranks then wait for the slowest in them.
+        imbalance_GW: busiest rank's choices over the mean, mean over layers.
+        load_WLP: choices of each slot for one token.
+        segment_HO, of_stage_SH: how many of each operation are in a segment, and of these in a stage. The last of O is
+            the head.
+        part_O: place of each operation in `moesim.serving.work.PARTS`.
+        moe_S: MoE layers of each stage.
+        slowdown_D: factor on the computation of the slowest rank of each group.
+    """
+
+    tokens_G: Floats
+    routed_s_GWSX: Floats
+    imbalance_GW: Floats
+    load_WLP: Floats
+    segment_HO: Floats
+    of_stage_SH: Floats
+    part_O: Ints
+    moe_S: Ints
+    slowdown_D: Floats
+
+
+def no_memo() -> Memo:
+    """Where every token is counted."""
+    return Memo(
+        np.zeros(0), np.zeros((0, 0, 0, 0)), np.zeros((0, 0)), np.zeros((0, 0, 0)), np.zeros((0, 0)), np.zeros((0, 0)),
+        np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0),
+    )  # fmt: skip

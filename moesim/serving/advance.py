@@ -1,0 +1,175 @@
+"""An instance runs: schedule, price, settle, one iteration after another, in compiled code."""
+
+from __future__ import annotations
+
+import math
+
+from numba import njit
+
+from moesim.serving.schedule import schedule_sglang, schedule_vllm, settle
+from moesim.serving.state import WINDOWS
+from moesim.serving.step import price_step
+
+IDLE_S = math.inf
+
+
+@njit(cache=True)
+def _fill(book, groups, rules, group_Q, batch, work):  # type: ignore[no-untyped-def]
+    """What an iteration computes, as pricing wants it."""
+    work.tokens_D[:] = 0
+    work.heads_D[:] = 0
+    work.decodes_D[:] = 0
+    work.kept_VD[:] = 0.0
+    chunks, rows = 0, 0
+    for n in range(groups.size_P[batch]):
+        q, tokens = groups.batch_PN[batch, n], groups.take_PN[batch, n]
+        d, start, prompt = group_Q[q], book.computed_Q[q], book.prompt_Q[q]
+        total = prompt + book.generated_Q[q]
+        work.tokens_D[d] += tokens
+        if start == total - 1 and book.generated_Q[q] > 0:
+            work.decodes_D[d] += 1
+            work.heads_D[d] += tokens
+            for v in range(rules.window_V.size):
+                work.kept_VD[v, d] += min(float(total), rules.window_V[v])
+        else:
+            work.heads_D[d] += start + tokens == total
+            work.chunk_tokens_C[chunks] = tokens
+            work.chunk_context_C[chunks] = start
+            work.chunk_group_C[chunks] = d
+            chunks += 1
+        if not rules.is_memoised:
+            for place in range(start, start + tokens):
+                if place < prompt:
+                    row = book.prompt_row_Q[q] + (book.begin_prompt_Q[q] + place) % book.prompt_len_Q[q]
+                else:
+                    row = book.answer_row_Q[q] + (book.begin_answer_Q[q] + place - prompt) % book.answer_len_Q[q]
+                work.rows_B[rows] = row
+                work.group_B[rows] = d
+                rows += 1
+    work.num[0] = chunks
+    work.num[1] = rows
+
+
+@njit(cache=True)
+def _schedule(book, groups, rules, batch, now_s):  # type: ignore[no-untyped-def]
+    groups.size_P[batch] = 0
+    for d in range(groups.num_D.size):
+        if groups.num_D[d] == 0 and groups.waiting_D[d] == 0:
+            continue
+        if rules.is_sglang:
+            schedule_sglang(book, groups, rules, d, batch, now_s)
+        else:
+            schedule_vllm(book, groups, rules, d, batch, now_s)
+    return groups.size_P[batch] > 0
+
+
+@njit(cache=True)
+def _note(timeline, groups, rules, start_s, end_s):  # type: ignore[no-untyped-def]
+    """Add what an instance holds, from one time to another, to the windows between them."""
+    running, waiting, used = 0.0, 0.0, 0.0
+    for d in range(groups.num_D.size):
+        running += groups.num_D[d]
+        waiting += groups.waiting_D[d]
+        used += rules.num_blocks - groups.free_D[d] - groups.idle_D[d] * rules.unit_blocks
+    while end_s >= timeline.width_s[0] * WINDOWS:
+        for w in range(WINDOWS // 2):
+            timeline.sums_WX[w] = timeline.sums_WX[2 * w] + timeline.sums_WX[2 * w + 1]
+        timeline.sums_WX[WINDOWS // 2 :] = 0.0
+        timeline.width_s[0] *= 2
+    at_s, width_s = start_s, timeline.width_s[0]
+    while at_s < end_s:
+        window = int(at_s / width_s)
+        until_s = min(end_s, (window + 1) * width_s)
+        if until_s <= at_s:  # rounding
+            window, until_s = window + 1, min(end_s, (window + 2) * width_s)
+        timeline.sums_WX[window, 0] += running * (until_s - at_s)
+        timeline.sums_WX[window, 1] += waiting * (until_s - at_s)
+        timeline.sums_WX[window, 2] += used * rules.block_size * (until_s - at_s)
+        at_s = until_s
+    return int(end_s / width_s)
+
+
+@njit(cache=True)
+def _first_done(groups):  # type: ignore[no-untyped-def]
+    """The batch that is done first, -1 if none is on the way."""
+    found = -1
+    for p in range(groups.size_P.size):
+        if groups.finish_s_P[p] < math.inf and (found < 0 or groups.finish_s_P[p] < groups.finish_s_P[found]):
+            found = p
+    return found
+
+
+@njit(cache=True)
+def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
+    """Run iterations that begin before `until_s`.
+
+    With pipeline stages, as many batches are on the way at once: one enters when the first stage is free, and a stage
+    takes a batch when it has it from the one before and is done with its last one.
+
+    Args:
+        most: iterations, at most.
+        stops: whether to come back as soon as a request has left.
+
+    Returns:
+        When the last iteration ended (infinite if there is nothing to do before something new comes).
+    """
+    while now_s < until_s and most > 0:
+        free = -1
+        for p in range(groups.size_P.size):
+            if groups.finish_s_P[p] == math.inf:
+                free = p
+        first = _first_done(groups)
+        if free >= 0 and groups.stage_free_S[0] <= now_s and _schedule(book, groups, rules, free, now_s):
+            most -= 1
+            _start(book, groups, rules, group_Q, prices, work, scratch, timeline, free, now_s)
+            if groups.size_P.size > 1:
+                continue
+            first = free
+        if first < 0:
+            return IDLE_S
+        end_s = groups.finish_s_P[first]
+        if free >= 0 and groups.stage_free_S[0] > now_s:
+            end_s = min(end_s, groups.stage_free_S[0])
+        window = _note(timeline, groups, rules, now_s, end_s)
+        now_s = end_s
+        if groups.finish_s_P[first] <= now_s:
+            timeline.sums_WX[window, 3] += settle(book, groups, rules, group_Q, first, now_s)
+            groups.finish_s_P[first] = math.inf
+            if stops and groups.done[0] > 0:
+                return now_s
+    return now_s
+
+
+@njit(cache=True)
+def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch, now_s):  # type: ignore[no-untyped-def]
+    """Send a batch through the stages."""
+    _fill(book, groups, rules, group_Q, batch, work)
+    before = work.imbalance[0], work.imbalance[1]
+    price_step(prices, work, scratch)
+    copy_s = 0.0
+    for d in range(groups.copy_s_D.size):
+        copy_s = max(copy_s, groups.copy_s_D[d])
+        groups.copy_s_D[d] = 0.0
+    at_s = now_s + copy_s
+    for s in range(groups.stage_free_S.size):
+        at_s = max(at_s, groups.stage_free_S[s]) + scratch.stage_s_S[s]
+        groups.stage_free_S[s] = at_s
+    groups.finish_s_P[batch] = at_s
+    window = min(int(now_s / timeline.width_s[0]), WINDOWS - 1)
+    timeline.sums_WX[window, 4] += work.imbalance[0] - before[0]
+    timeline.sums_WX[window, 5] += work.imbalance[1] - before[1]
+    timeline.sums_WX[window, 6] += at_s - now_s
+
+
+@njit(cache=True)
+def note_waiting(timeline, start_s, end_s):  # type: ignore[no-untyped-def]
+    """A request that came while an iteration was on its way waits until its end."""
+    width_s = timeline.width_s[0]
+    at_s = start_s
+    while at_s < end_s:
+        window = min(int(at_s / width_s), WINDOWS - 1)
+        until_s = min(end_s, (window + 1) * width_s)
+        if until_s <= at_s:
+            until_s = end_s
+        timeline.sums_WX[window, 1] += until_s - at_s
+        at_s = until_s
