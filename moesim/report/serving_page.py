@@ -42,7 +42,7 @@ PICTURES = {
     "search": (
         "Search for the maximum rate",
         "Each dot is a whole run of the same requests, sent faster or slower; dashed: the share that must keep the "
-        "promise.",
+        "SLO.",
     ),
 }
 
