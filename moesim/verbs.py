@@ -8,9 +8,17 @@ from pathlib import Path
 
 from moesim.estimate import estimate
 from moesim.files.scenarios import load_scenarios
+from moesim.files.services import is_service, load_services
 from moesim.results import Result
 from moesim.scenario import Scenario
+from moesim.service import Service
+from moesim.serving.metrics import ALL, Window
+from moesim.serving.results import ServingResult
+from moesim.serving.runs import run_service as run_at_bounds
 from moesim.simulate import simulate
+from moesim.simulate.serving import simulate_service
+
+__all__ = ["is_service", "load", "load_services", "run", "run_service", "simulate_service"]
 
 DECODING = ("tpot_s", "output_tokens_per_s", "output_tokens_per_s_per_device")
 """Metrics that a calibration was fitted on."""
@@ -51,3 +59,8 @@ def run(scenario: Scenario, engine: str | None = None, timeline: int = 0) -> Res
             ends = own if name in DECODING else (min(ends[0], own[0]), max(ends[1], own[1]))
         intervals[name] = ends
     return dataclasses.replace(middle, intervals=intervals)
+
+
+def run_service(service: Service, window: Window = ALL) -> ServingResult:
+    """Run a service at the value, and at both ends of its believed efficiencies. See `moesim.serving.runs`."""
+    return run_at_bounds(service, simulate_service, window)

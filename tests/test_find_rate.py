@@ -28,7 +28,7 @@ def test_the_highest_rate_of_an_mm1_queue():
     search = find_rate(mm1_attainment(served, most_s), target, 10.0, 0.1, 1000.0)
     assert search.is_bracketed
     assert search.rate_per_s <= true <= search.rate_per_s * 1.02
-    assert f"{search.rate_per_s:.4g} requests/s keep the promise" in search.says
+    assert f"{search.rate_per_s:.4g} requests/s keep the SLO" in search.says
 
 
 @settings(max_examples=60)
@@ -46,7 +46,7 @@ def test_even_the_lowest_rate_fails():
     search = find_rate(lambda rate: 0.5, 0.9, 8.0, 1.0, 64.0)
     assert search.rate_per_s is None
     assert [item.rate_per_s for item in search.tried] == [8.0, 4.0, 2.0, 1.0]
-    assert "Even at 1 requests/s only 50 % keep the promise (90 % must)" in search.says
+    assert "Even at 1 requests/s only 50 % keep the SLO (90 % must)" in search.says
 
 
 def test_no_rate_fails():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_a_window_counts_what_is_in_it():
 def test_tokens_are_conserved_however_time_is_cut(seed, rate, cuts):
     outcome = queue(small_service(rate, 40, seed))
     times = [0.0, *(outcome.seconds * cut for cut in sorted(set(cuts))), outcome.seconds]
-    parts = [tokens_out(outcome, a, b) for a, b in zip(times, times[1:], strict=False)]
+    parts = [tokens_out(outcome, a, b) for a, b in pairwise(times)]
     assert sum(parts) == pytest.approx(outcome.generated_Q.sum())
 
 

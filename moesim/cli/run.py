@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -22,6 +23,14 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write one self-contained HTML file.")
 @click.option("--perfetto", type=click.Path(path_type=Path), help="Write a timeline for ui.perfetto.dev.")
+@click.option(
+    "--requests", type=click.Path(path_type=Path), help="Services: write a row per request, .csv or .parquet."
+)
+@click.option("--find", type=click.Choice(["rate"]), help="Services: the highest rate of requests within the SLO.")
+@click.option(
+    "--measure-from-s", type=float, default=0.0, help="Services: measure from here on; leaves out filling up."
+)
+@click.option("--measure-until-s", type=float, default=math.inf, help="Services: measure until here.")
 def run_command(
     scenario: Path,
     changes: tuple[str, ...],
@@ -29,14 +38,37 @@ def run_command(
     as_json: bool,
     report: Path | None,
     perfetto: Path | None,
+    requests: Path | None,
+    find: str | None,
+    measure_from_s: float,
+    measure_until_s: float,
 ) -> None:
-    """Run SCENARIO, a TOML file: its base set-up and those beside it."""
+    """Run SCENARIO, a TOML file: its base set-up and those beside it.
+
+    A file with a [requests] table is a service, whose requests come over time. Ctrl-C ends its run early: what was done
+    by then is printed, marked as partial, with exit code 130.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     from moesim import verbs
+    from moesim.files.tables import read_toml
     from moesim.report import check_target
 
+    window = measure_from_s, measure_until_s
+    if verbs.is_service(read_toml(scenario)):
+        if engine == "estimate" or perfetto:
+            raise ValueError(f"{scenario}: a service runs on --engine simulate and has no --perfetto; leave them out")
+        from moesim.cli.services import check_options, run_services
+        from moesim.serving.metrics import Window
+
+        check_options(report, requests, find, Window(*window))
+        services, play = verbs.load_services(scenario, changes), verbs.simulate_service
+        sys.exit(run_services(services, play, as_json, report, requests, find, Window(*window)))
+    if requests or find or window != (0.0, math.inf):
+        raise ValueError(
+            f"{scenario}: --requests, --find and --measure-... are for services; this file has no [requests] table"
+        )
     for target in (report, perfetto):
         if target:
             check_target(target)

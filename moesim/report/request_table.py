@@ -12,7 +12,6 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from moesim.report import check_target, replace_file
-from moesim.service import Slo
 from moesim.serving.metrics import keeps_slo, latencies
 from moesim.serving.results import ServingResult
 
@@ -38,7 +37,7 @@ COLUMNS = {
     "priority": "lower ones go first",
     "topic": "client or conversation; -1: unknown",
     "is_dropped": "whether it was refused",
-    "keeps_slo": "whether it was answered within the promise; empty where none was given",
+    "keeps_slo": "whether it was answered within the SLO; empty where none was given",
 }
 """Column -> meaning; seconds end in _s."""
 FORMATS = (".csv", ".parquet")
@@ -74,8 +73,6 @@ def write_requests(results: Sequence[ServingResult], path: str | Path) -> None:
 
 def _table(result: ServingResult) -> pa.Table:
     o, seconds, num = result.outcome, latencies(result.outcome), len(result.outcome.arrival_s_Q)
-    promised = result.promises
-    slo = Slo(promised.get("ttft"), promised.get("tpot"), promised.get("e2e"))
     values = {
         "setup": [result.name] * num,
         "request": np.arange(num),
@@ -95,7 +92,7 @@ def _table(result: ServingResult) -> pa.Table:
         "priority": o.priority_Q,
         "topic": o.topic_Q,
         "is_dropped": o.dropped_Q,
-        "keeps_slo": keeps_slo(o, slo) if promised else pa.nulls(num, pa.bool_()),
+        "keeps_slo": keeps_slo(o, result.slo) if result.promises else pa.nulls(num, pa.bool_()),
     }
     arrays = [pa.array(values[name], from_pandas=True) for name in COLUMNS]  # NaN is null
     fields = [

@@ -26,7 +26,7 @@ from moesim.serving.results import PHASE, ServingResult
 PICTURES = {
     "latency": (
         "Latencies",
-        "How many requests are within a latency; dashed: the promise. A curve far to the right of the others at the "
+        "How many requests are within a latency; dashed: the SLO. A curve far to the right of the others at the "
         "top is a tail: queueing, long prompts of others, or preemption.",
     ),
     "timeline": (
@@ -42,7 +42,7 @@ PICTURES = {
     "search": (
         "Search for the maximum rate",
         "Each dot is a whole run of the same requests, sent faster or slower; dashed: the share that must keep the "
-        "promise.",
+        "SLO.",
     ),
 }
 
@@ -118,7 +118,7 @@ def serving_answer(results: Sequence[ServingResult]) -> str:
 
 _RANKED = {
     "max_requests_per_s": "maximum rate",
-    "slo_attainment_fraction": "share of requests within the promise",
+    "slo_attainment_fraction": "share of requests within the SLO",
     "e2e_mean_s": "mean time from arrival to last token",
 }
 

@@ -122,7 +122,7 @@ def ttft_by_prompt(results: Sequence[ServingResult]) -> Figure | None:
 
 
 def search(results: Sequence[ServingResult]) -> Figure | None:
-    """Share of the requests within the promise at every rate that was tried."""
+    """Share of the requests within the SLO at every rate that was tried."""
     shown = [(index, result.search) for index, result in enumerate(results) if result.search and result.search.tried]
     if not shown:
         return None
@@ -142,7 +142,7 @@ def search(results: Sequence[ServingResult]) -> Figure | None:
         axes.axhline(100 * target, color=INK, linestyle="--", linewidth=1)
     if max(rates) > 8 * min(rates):
         _stretch(axes, np.array(rates), "x")
-    axes.set(xlabel="requests/s that arrive", ylabel="% within the promise", ylim=(0, 103))
+    axes.set(xlabel="requests/s that arrive", ylabel="% within the SLO", ylim=(0, 103))
     axes.grid()
     _setups_legend(figure, results)
     return figure

@@ -24,20 +24,20 @@ from moesim.serving.results import ServingResult
 
 COLUMNS = ("mean", "p50", "p90", "p99")
 THROUGHPUT = {
-    "max_requests_per_s": ("Most requests/s within the promise", True),
+    "max_requests_per_s": ("Most requests/s in SLO", True),
     "requests_per_s": ("Requests/s", True),
-    "goodput_requests_per_s": ("Requests/s within the promise", True),
-    "slo_attainment_fraction": ("Requests within the promise", True),
+    "goodput_requests_per_s": ("Goodput, requests/s", True),
+    "slo_attainment_fraction": ("Within the SLO", True),
     "output_tokens_per_s": ("Output tokens/s", True),
     "output_tokens_per_s_per_device": ("  per device", True),
     "output_tokens_per_s_per_node": ("  per node", True),
     "input_tokens_per_s": ("Input tokens/s", True),
     "total_tokens_per_s": ("All tokens/s", True),
     "total_tokens_per_s_per_device": ("  per device", True),
-    "usd_per_million_output_tokens": ("Cost of 1 M output tokens", False),
-    "usd_per_million_tokens": ("Cost of 1 M tokens", False),
-    "joules_per_million_output_tokens": ("Energy of 1 M output tokens", False),
-    "joules_per_million_tokens": ("Energy of 1 M tokens", False),
+    "usd_per_million_output_tokens": ("Cost, 1 M output tokens", False),
+    "usd_per_million_tokens": ("Cost, 1 M tokens", False),
+    "joules_per_million_output_tokens": ("Energy, 1 M output tokens", False),
+    "joules_per_million_tokens": ("Energy, 1 M tokens", False),
 }
 """Metric -> its words, and whether more is better."""
 FULLNESS = {
@@ -84,7 +84,7 @@ def latency_section(results: Sequence[ServingResult]) -> Section:
 
 
 def throughput_section(results: Sequence[ServingResult]) -> Section:
-    """Requests, tokens, promises kept, USD and joules."""
+    """Requests, tokens, the SLO, USD and joules."""
     known = {name for result in results for name in result.metrics}
     rows = [metric_row(results, name, *said) for name, said in THROUGHPUT.items() if name in known]
     return Section("Throughput and cost", tuple(result.name for result in results), tuple(rows))
@@ -109,7 +109,7 @@ def search_section(result: ServingResult) -> Section:
         rows.append(Row(f"{item.rate_per_s:.4g} requests/s", cells))
     return Section(
         f"Rates tried for {result.name}",
-        ("within the promise", f"{100 * result.search.target:g} % or more"),
+        ("within the SLO", f"{100 * result.search.target:g} % or more"),
         tuple(rows),
     )
 

@@ -1,4 +1,4 @@
-"""The most requests a second that a service takes while it keeps its promise."""
+"""The most requests a second that a service takes while it keeps its SLO."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEP = 2.0
 
 @dataclass(frozen=True)
 class Tried:
-    """One run of a search: requests a second, and the share of them that kept the promise."""
+    """One run of a search: requests a second, and the share of them that kept the SLO."""
 
     rate_per_s: float
     attainment: float
@@ -23,7 +23,7 @@ class RateSearch:
     """What a search found.
 
     Attributes:
-        target: share of the requests that must keep the promise.
+        target: share of the requests that must keep the SLO.
         rate_per_s: the highest rate that was seen to keep it, with none lower seen to break it; None where there is
             none.
         is_bracketed: whether a rate at most `tolerance` above was seen to break it.
@@ -52,11 +52,11 @@ def find_rate(
     """Bracket the rate at which the attainment falls below the target, then bisect, in the logarithm of the rate.
 
     Right where attainment falls with the rate. Requests are the same at every rate, so it nearly does; where it does
-    not, the answer is one rate that keeps the promise with one at most `tolerance` above that breaks it. The same
+    not, the answer is one rate that keeps the SLO with one at most `tolerance` above that breaks it. The same
     callable gives the same search.
 
     Args:
-        attainment_of: runs at a rate; share of the requests that keep the promise (NaN counts as none). A
+        attainment_of: runs at a rate; share of the requests that keep the SLO (NaN counts as none). A
             KeyboardInterrupt out of it ends the search with what is known.
         start_per_s: the first rate that is tried, between the lowest and the highest.
         tell: called after every run.
@@ -123,17 +123,17 @@ def _sentence(good: float | None, bad: float | None, target: float, tried: list[
     stopped = "Stopped before its end: " if is_partial else ""
     if good is not None and bad is not None:
         return (
-            f"{stopped}{good:.4g} requests/s keep the promise ({known[good]} of them; {must}), "
+            f"{stopped}{good:.4g} requests/s keep the SLO ({known[good]} of them; {must}), "
             f"{bad:.4g} do not ({known[bad]})."
         )
     if good is not None:
         return (
-            f"{stopped}No limit up to {good:.4g} requests/s: {known[good]} keep the promise ({must}). "
+            f"{stopped}No limit up to {good:.4g} requests/s: {known[good]} keep the SLO ({must}). "
             "More requests, or a higher end of the search, would be needed to see one."
         )
     if bad is not None:
         return (
-            f"{stopped}Even at {bad:.4g} requests/s only {known[bad]} keep the promise ({must}): "
+            f"{stopped}Even at {bad:.4g} requests/s only {known[bad]} keep the SLO ({must}): "
             "waiting is not the reason, so fewer requests will not help."
         )
     return "Stopped before the first rate was tried."

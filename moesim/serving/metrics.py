@@ -1,4 +1,4 @@
-"""What a serving run is judged by: latencies, rates, promises kept, cost, and how full it was.
+"""What a serving run is judged by: latencies, rates, the SLO, cost, and how full it was.
 
 All requests count, unless a window leaves out the start and the end of a run (see `Window`).
 """
@@ -25,7 +25,7 @@ arrival to the first iteration."""
 
 @dataclass(frozen=True)
 class Window:
-    """What is measured: latencies and promises of requests that arrive in it, tokens and answers that come out in it.
+    """What is measured: latencies and SLO of requests that arrive in it, tokens and answers that come out in it.
 
     The default is all of a run. A later start leaves out filling up, an earlier end emptying out. Gaps between tokens,
     what the timeline has means of, energy and the breakdown are of the whole run all the same.
@@ -78,7 +78,7 @@ def keeps_slo(outcome: Outcome, slo: Slo) -> Bools:
 
 
 def slo_attainment(outcome: Outcome, slo: Slo, window: Window = ALL) -> float:
-    """Share of the decided requests that keep the promise: those answered, and those refused, which do not.
+    """Share of the decided requests that keep the SLO: those answered, and those refused, which do not.
 
     Requests that a stopped run left unanswered are not counted. NaN where none is decided.
     """

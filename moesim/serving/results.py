@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.results import Result
-from moesim.service import Service
+from moesim.service import Service, Slo
 from moesim.serving.economics import economics_notes
 from moesim.serving.find import RateSearch
 from moesim.serving.metrics import ALL, Window, latencies, service_metrics
@@ -27,15 +27,21 @@ class ServingResult(Result):
 
     Attributes:
         outcome: times of every request, and the timeline, at the value.
-        promises: name ("ttft", "tpot", "e2e") -> most seconds, of those that were given.
+        slo: what was promised.
         search: of the maximum rate, where one was asked for; the result is the run at the rate that it found.
         is_stopped: whether only the runs behind the intervals were stopped.
     """
 
     outcome: Outcome
-    promises: Mapping[str, float] = field(default_factory=dict)
+    slo: Slo = field(default_factory=Slo)
     search: RateSearch | None = None
     is_stopped: bool = False
+
+    @property
+    def promises(self) -> dict[str, float]:
+        """Name ("ttft", "tpot", "e2e") -> most seconds, of those that were promised."""
+        most_s = {"ttft": self.slo.ttft_s, "tpot": self.slo.tpot_s, "e2e": self.slo.e2e_s}
+        return {name: seconds for name, seconds in most_s.items() if seconds is not None}
 
     @property
     def is_partial(self) -> bool:
@@ -76,8 +82,6 @@ def serving_result(
             values = [value, *(end[name] for end in (low, high) if name in end)]
             if min(values) < max(values):
                 intervals[name] = (min(values), max(values))
-    slo = service.slo
-    promises = {"ttft": slo.ttft_s, "tpot": slo.tpot_s, "e2e": slo.e2e_s}
     total = outcome.num_iterations or 1
     return ServingResult(
         name=service.name,
@@ -92,7 +96,7 @@ def serving_result(
         memory_bytes=dict(outcome.facts.get("memory_bytes", {})),
         warnings=serving_notes(service, outcome, window),
         outcome=outcome,
-        promises={name: most_s for name, most_s in promises.items() if most_s is not None},
+        slo=service.slo,
     )
 
 
@@ -107,7 +111,7 @@ def serving_notes(service: Service, outcome: Outcome, window: Window = ALL) -> t
     if left:
         said.append(f"{left} of {len(outcome.finish_s_Q)} requests were not answered: E2E and TPOT are of the others")
     if outcome.dropped_Q.any():
-        said.append(f"{int(outcome.dropped_Q.sum())} requests were refused; none of them keeps the promise")
+        said.append(f"{int(outcome.dropped_Q.sum())} requests were refused; none of them keeps the SLO")
     if window != ALL:
         start_s, end_s = window.of(outcome)
         said.append(

@@ -32,10 +32,10 @@ def run_service(service: Service, simulate: Simulate, window: Window = ALL) -> S
 def run_at_highest_rate(
     service: Service, simulate: Simulate, tell: Callable[[Tried], None] = lambda tried: None
 ) -> ServingResult:
-    """Find the highest rate of arrivals at which `Slo.attainment` of the requests keep the promise, and run there.
+    """Find the highest rate of arrivals at which `Slo.attainment` of the requests keep the SLO, and run there.
 
     The same requests are sent at every rate, from a `SPAN`-th to `SPAN` times the scenario's; efficiencies are at
-    their value. Where no rate keeps the promise, the result is the run at the lowest one, and `max_requests_per_s` is
+    their value. Where no rate keeps the SLO, the result is the run at the lowest one, and `max_requests_per_s` is
     not among its metrics.
 
     Raises:
@@ -78,7 +78,7 @@ def check_findable(service: Service) -> None:
     """
     slo, requests = service.slo, service.requests
     if (slo.ttft_s, slo.tpot_s, slo.e2e_s) == (None, None, None):
-        raise ValueError(f"{service.name}: --find rate needs a promise: give slo.ttft_s, slo.tpot_s or slo.e2e_s")
+        raise ValueError(f"{service.name}: --find rate needs an SLO: give slo.ttft_s, slo.tpot_s or slo.e2e_s")
     if requests.concurrency is not None:
         raise ValueError(
             f"{service.name}: --find rate needs arrivals that do not wait for answers; given a closed loop of "
