@@ -68,3 +68,12 @@ class Requests:
         first_s = self.arrival_s_Q[0]
         stretched = first_s + (self.arrival_s_Q - first_s) * (self.rate_per_s / rate_per_s)
         return replace(self, arrival_s_Q=stretched)
+
+    def take(self, rows: Ints) -> Requests:
+        """Some of the requests, or some of them several times, in this order."""
+        given = np.diff(self.block_start_Q)[rows]
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(given)])
+        place = np.arange(starts[-1]) + np.repeat(self.block_start_Q[rows] - starts[:-1], given)
+        by_request = ("arrival_s_Q", "prompt_Q", "output_Q", "priority_Q", "topic_Q")
+        taken = {name: getattr(self, name)[rows] for name in by_request}
+        return replace(self, **taken, block_start_Q=starts, block_ids=self.block_ids[place])

@@ -18,7 +18,7 @@ Rows = NDArray[np.int64]
 GOLDEN = (5**0.5 - 1) / 2
 
 
-def begins(turn: ArrayLike, length: int) -> NDArray[np.int64]:
+def begins(turn: ArrayLike, length: int | NDArray[np.int64]) -> NDArray[np.int64]:
     """Where in a request of `length` tokens its first, second, ... replay begins: far from all earlier ones.
 
     >>> begins([0, 1, 2], 100).tolist()

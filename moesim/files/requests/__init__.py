@@ -1,0 +1,1 @@
+"""Traffic from files: real logs, published lengths, client profiles, and moesim's own format."""
