@@ -86,12 +86,15 @@ class Fleet:
         num_instances: of the one kind; None makes as many as the machine holds.
         num_prefill_instances, num_decode_instances: where prompts and answers are computed apart, instead.
         router: a name of `ROUTERS`.
+        usd_per_device_hour: what a device costs; None takes what is assumed of its kind
+            (`moesim.serving.economics.PRICES`).
     """
 
     num_instances: int | None = None
     num_prefill_instances: int = 0
     num_decode_instances: int = 0
     router: str = "least_loaded"
+    usd_per_device_hour: float | None = None
 
 
 @dataclass(frozen=True)

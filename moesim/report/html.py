@@ -87,18 +87,14 @@ def page(results: Sequence[Result]) -> str:
     )
     says = "Share of the busy time that rests on measured, fitted, datasheet and assumed numbers."
     body.append(picture("Where the numbers come from", says, draw("provenance", results)))
-    about = warnings_of(results)
-    if about:
-        lines = [f"<li><b>{escape(', '.join(names))}</b>: {escape(text)}</li>" for text, names in about.items()]
-        body.append(page_section("Warnings", "", f'<ul class="warnings">{"".join(lines)}</ul>'))
-    scenarios = [details(f"Scenario of {r.name}", f"<pre>{escape(_plain(r.scenario))}</pre>") for r in results]
-    body.append(page_section("Scenarios", "Enough to run each set-up again.", "".join(scenarios)))
+    tail, footer = page_tail(results)
+    body += tail
     return Template(page_file("page.html")).substitute(
         title=escape(" · ".join(result.name for result in results)),
         css=page_file("page.css"),
         answer=escape(answer(results)),
         body="\n".join(part for part in body if part),
-        footer=_footer(results),
+        footer=footer,
     )
 
 
@@ -134,6 +130,17 @@ def answer(results: Sequence[Result]) -> str:
         rest = f" and {percent(assumed)} on assumed ones" if assumed else ""
         said.append(f"{percent(measured)} of the busy time of {best.name} rests on measured numbers{rest}.")
     return " ".join(said)
+
+
+def page_tail(results: Sequence[Result]) -> tuple[list[str], str]:
+    """What stands at the end of every page: sections of warnings and scenarios, and the footer."""
+    sections, about = [], warnings_of(results)
+    if about:
+        lines = [f"<li><b>{escape(', '.join(names))}</b>: {escape(text)}</li>" for text, names in about.items()]
+        sections.append(page_section("Warnings", "", f'<ul class="warnings">{"".join(lines)}</ul>'))
+    scenarios = [details(f"Scenario of {r.name}", f"<pre>{escape(_plain(r.scenario))}</pre>") for r in results]
+    sections.append(page_section("Scenarios", "Enough to run each set-up again.", "".join(scenarios)))
+    return sections, _footer(results)
 
 
 def _bound(best: Result, others: Sequence[Result]) -> list[str]:

@@ -56,7 +56,7 @@ UNITS: tuple[tuple[str, tuple[tuple[float, str], ...]], ...] = (
     ("_flops", tuple((size, f"{sign}FLOP") for size, sign in DECIMAL)),
     ("_joules", ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"))),
     ("_watts", ((1e6, "MW"), (1e3, "kW"), (1.0, "W"))),
-    ("_dollars", ((1.0, "$"),)),
+    ("_usd", ((1.0, "USD"),)),
 )
 
 
@@ -187,31 +187,36 @@ def is_higher_better(name: str) -> bool | None:
     return False if name.endswith("_s") and name.startswith(("tpot", "ttft", "itl", "latency")) else None
 
 
+def metric_row(results: Sequence[Result], name: str, label: str = "", higher: bool | None = None) -> Row:
+    """One metric over the set-ups, each with its interval; `higher`: whether more is better, where that can be said."""
+    values = [result.metrics.get(name) for result in results]
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    unit = unit_of(name, known)
+    sizes = [abs(value) for value in known if value]
+    is_wide = bool(sizes) and max(sizes) > 30 * min(sizes)
+    best = None if higher is None or len(set(known)) < 2 else (max if higher else min)(known)
+    cells = []
+    for result, value in zip(results, values, strict=True):
+        if value is None:
+            cells.append(Cell(NONE))
+            continue
+        own = unit_of(name, [value]) if is_wide else unit
+        interval = result.intervals.get(name)
+        note = between(interval, own) if interval else ""
+        is_count = name.startswith("num_") and value == int(value)
+        cells.append(Cell(quantity(value, own, 0 if is_count else None), note, value == best))
+    return Row(label or label_of(name), tuple(cells))
+
+
 def headline(results: Sequence[Result]) -> Section:
     """Every metric, the ones people ask for first, each with its interval."""
     rows = []
     for name in ordered((name for result in results for name in result.metrics), HEADLINE):
-        values = [result.metrics.get(name) for result in results]
-        known = [value for value in values if value is not None and not math.isnan(value)]
-        unit = unit_of(name, known)
-        higher = is_higher_better(name)
-        sizes = [abs(value) for value in known if value]
-        is_wide = bool(sizes) and max(sizes) > 30 * min(sizes)
-        best = None if higher is None or len(set(known)) < 2 else (max if higher else min)(known)
-        cells = []
-        for result, value in zip(results, values, strict=True):
-            if value is None:
-                cells.append(Cell(NONE))
-                continue
-            own = unit_of(name, [value]) if is_wide else unit
-            interval = result.intervals.get(name)
-            note = between(interval, own) if interval else ""
-            is_count = name.startswith("num_") and value == int(value)
-            cells.append(Cell(quantity(value, own, 0 if is_count else None), note, value == best))
-        rows.append(Row(label_of(name), tuple(cells)))
-        if name == main_metric(results) and best is not None and best > 0:
-            ratios = [value / best if value is not None else math.nan for value in values]
-            rows.append(Row("  of the best", tuple(Cell(f"{number(ratio)} \u00d7") for ratio in ratios)))
+        rows.append(metric_row(results, name, higher=is_higher_better(name)))
+        values = [result.metrics.get(name, math.nan) for result in results]
+        best = next((value for value, cell in zip(values, rows[-1].cells, strict=True) if cell.best), 0.0)
+        if name == main_metric(results) and best > 0:
+            rows.append(Row("  of the best", tuple(Cell(f"{number(value / best)} \u00d7") for value in values)))
     return Section("Headline", tuple(result.name for result in results), tuple(rows))
 
 
@@ -296,15 +301,19 @@ def warnings_of(results: Sequence[Result]) -> dict[str, list[str]]:
     return about
 
 
-def result_tables(results: Sequence[Result], width: int = 80) -> list[Table]:
-    """The results as tables for a terminal of `width` columns; set-ups that do not fit go to a next table."""
+def result_tables(
+    results: Sequence[Result], width: int = 80, shown: Sequence[Section] | None = None, column: int = 18
+) -> list[Table]:
+    """The results as tables for a terminal of `width` columns; set-ups that do not fit go to a next table.
+
+    shown: the tables, instead of all `sections`; column: the room that one set-up needs.
+    """
     tables = []
-    most = max(1, (width - 24) // 18)
-    num_chunks = -(-len(results) // most) if results else 1
-    size = -(-len(results) // num_chunks)
-    for section in sections(results):
-        starts = range(0, len(results), size)
-        tables += [terminal_table(section, slice(start, start + size), width) for start in starts]
+    most = max(1, (width - 24) // column)
+    for section in sections(results) if shown is None else shown:
+        num = len(section.setups)
+        size = -(-num // max(1, -(-num // most)))
+        tables += [terminal_table(section, slice(start, start + size), width) for start in range(0, num, size)]
     about = warnings_of(results)
     if about:
         table = Table(title="Warnings", title_justify="left", title_style="bold", box=None, show_header=False)
