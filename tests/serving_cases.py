@@ -55,7 +55,13 @@ def queue(service, bound="value", prompt_s=2e-5, token_s=5e-3, until_s=np.inf, c
     begun_s_Q = np.where(np.isfinite(start_s_Q), start_s_Q, seconds)
     waiting, running = _present(arrival_s_Q, begun_s_Q, time_s), _present(start_s_Q, left_s_Q, time_s)
     busy_s = float(running.sum() * (time_s[1]))
-    parts = dict.fromkeys(PARTS, 0.0) | {"attention": 0.3, "experts": 0.4, "dispatch": 0.1, "imbalance": 0.15, "host": 0.05}
+    parts = dict.fromkeys(PARTS, 0.0) | {
+        "attention": 0.3,
+        "experts": 0.4,
+        "dispatch": 0.1,
+        "imbalance": 0.15,
+        "host": 0.05,
+    }
     waves = 1.2 + 0.3 * np.sin(np.arange(cap) / 5)
     minus, whole = np.full(num, -1), np.zeros(num, np.int64)
     return Outcome(

@@ -88,11 +88,11 @@ def _hardware() -> list[dict[str, Any]]:
 
 
 def _policies() -> list[dict[str, Any]]:
-    from moesim.policies import REGISTRIES
+    from moesim.policies import REGISTRIES, SERVING_REGISTRIES
 
     return [
         {"kind": kind, "policy": name, "says": " ".join((cls.__doc__ or "").split())[:100]}
-        for kind, registry in REGISTRIES.items()
+        for kind, registry in (*REGISTRIES.items(), *SERVING_REGISTRIES.items())
         for name, cls in registry.items()
     ]
 

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moesim.policies.autoscaler import AUTOSCALERS
 from moesim.policies.cache import CACHES
 from moesim.policies.collective import ALL_TO_ALLS
 from moesim.policies.placement import PLACEMENTS
 from moesim.policies.prefetch import PREFETCHERS
+from moesim.policies.router import ROUTERS
 
 REGISTRIES: Mapping[str, Mapping[str, type]] = {
     "placement": PLACEMENTS,
@@ -14,7 +16,10 @@ REGISTRIES: Mapping[str, Mapping[str, type]] = {
     "prefetch": PREFETCHERS,
     "all_to_all": ALL_TO_ALLS,
 }
-"""Kind -> name -> class."""
+"""Kind -> name -> class, of a scenario's `[policies]`."""
+
+SERVING_REGISTRIES: Mapping[str, Mapping[str, type]] = {"router": ROUTERS, "autoscaler": AUTOSCALERS}
+"""The same, of a fleet that serves."""
 
 
 @dataclass(frozen=True)
@@ -37,4 +42,4 @@ class Policies:
     network: str = "ports"
 
 
-__all__ = ["REGISTRIES", "Policies"]
+__all__ = ["REGISTRIES", "SERVING_REGISTRIES", "Policies"]

@@ -12,9 +12,9 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from moesim.report import check_target, replace_file
+from moesim.service import Slo
 from moesim.serving.metrics import keeps_slo, latencies
 from moesim.serving.results import ServingResult
-from moesim.service import Slo
 
 COLUMNS = {
     "setup": "name of the set-up",

@@ -128,8 +128,8 @@ def _seen(result: ServingResult) -> list[str]:
     metrics = result.metrics
 
     def typical(name: str) -> str:
-        middle, tail = metrics[f"{name}_p50_s"], metrics[f"{name}_p99_s"]
-        return f"{label_of(name)} {quantity(middle, unit_of('x_s', [middle]))} (p99 {quantity(tail, unit_of('x_s', [tail]))})"
+        middle, tail = (quantity(s, unit_of("x_s", [s])) for s in (metrics[f"{name}_p50_s"], metrics[f"{name}_p99_s"]))
+        return f"{label_of(name)} {middle} (p99 {tail})"
 
     said = []
     seen = [typical(name) for name in ("ttft", "tpot", "e2e") if f"{name}_p50_s" in metrics]
@@ -139,7 +139,7 @@ def _seen(result: ServingResult) -> list[str]:
         said.append(f"{result.name} answers {answered}; in the median {listed(seen)}.")
     if "slo_attainment_fraction" in metrics:
         bounds = [f"{label_of(n)} ≤ {quantity(s, unit_of('x_s', [s]))}" for n, s in result.promises.items()]
-        said.append(f"{metrics['slo_attainment_fraction']:.1%} of the requests keep {listed(bounds)}.")
+        said.append(f"{100 * metrics['slo_attainment_fraction']:.3g} % of the requests keep {listed(bounds)}.")
     if "usd_per_million_output_tokens" in metrics:
         said.append(f"A million output tokens cost {number(metrics['usd_per_million_output_tokens'])} USD.")
     return said

@@ -108,7 +108,7 @@ def ttft_by_prompt(results: Sequence[ServingResult]) -> Figure | None:
     figure = new_figure(3.2 * -(-len(results) // num) + 0.2)
     grid = figure.subplots(-(-len(results) // num), num, squeeze=False, sharex=True, sharey=True).ravel()
     for index, (axes, (prompt_Q, ttft_s_Q)) in enumerate(zip(grid, dots, strict=False)):
-        axes.plot(prompt_Q, ttft_s_Q / size, ".", color=_colour(index), markersize=4, alpha=0.45, markeredgewidth=0)
+        axes.plot(prompt_Q, ttft_s_Q / size, ".", color=_colour(index), markersize=6, alpha=0.5, markeredgewidth=0)
         if "ttft" in results[index].promises:
             axes.axhline(results[index].promises["ttft"] / size, color=INK, linestyle="--", linewidth=1)
         _stretch(axes, prompts, "x")
@@ -140,7 +140,8 @@ def search(results: Sequence[ServingResult]) -> Figure | None:
             axes.annotate(f"{found.rate_per_s:.3g}/s", at, (5, 0), textcoords="offset points", color=_colour(index))
     for target in sorted({found.target for _, found in shown}):
         axes.axhline(100 * target, color=INK, linestyle="--", linewidth=1)
-    _stretch(axes, np.array(rates), "x")
+    if max(rates) > 8 * min(rates):
+        _stretch(axes, np.array(rates), "x")
     axes.set(xlabel="requests/s that arrive", ylabel="% within the promise", ylim=(0, 103))
     axes.grid()
     _setups_legend(figure, results)

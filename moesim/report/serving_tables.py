@@ -64,7 +64,9 @@ def latency_section(results: Sequence[ServingResult]) -> Section:
     present = [name for name in LATENCIES if any(f"{name}_mean_s" in result.metrics for result in results)]
     if len(results) > 1:
         rows = [
-            metric_row(results, f"{name}_{column}_s", f"{label_of(name) if column == COLUMNS[0] else '  '} {column}", False)
+            metric_row(
+                results, f"{name}_{column}_s", f"{label_of(name) if column == COLUMNS[0] else '  '} {column}", False
+            )
             for name in present
             for column in COLUMNS
         ]
@@ -100,12 +102,16 @@ def search_section(result: ServingResult) -> Section:
     assert result.search is not None
     rows = []
     for item in sorted(result.search.tried, key=lambda item: item.rate_per_s):
-        kept = NONE if item.attainment != item.attainment else f"{item.attainment:.1%}"
+        kept = NONE if item.attainment != item.attainment else f"{100 * item.attainment:.3g} %"
         mark = "yes" if item.attainment >= result.search.target else "no"
         is_best = item.rate_per_s == result.search.rate_per_s
         cells = Cell(kept, best=is_best), Cell(mark, best=is_best)
         rows.append(Row(f"{item.rate_per_s:.4g} requests/s", cells))
-    return Section(f"Rates tried for {result.name}", ("within the promise", f"{result.search.target:.0%}"), tuple(rows))
+    return Section(
+        f"Rates tried for {result.name}",
+        ("within the promise", f"{100 * result.search.target:g} % or more"),
+        tuple(rows),
+    )
 
 
 def serving_sections(results: Sequence[ServingResult]) -> list[Section]:

@@ -100,25 +100,27 @@ def _first_done(groups):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s, until_s, stops):  # type: ignore[no-untyped-def]
+def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
     """Run iterations that begin before `until_s`.
 
     With pipeline stages, as many batches are on the way at once: one enters when the first stage is free, and a stage
     takes a batch when it has it from the one before and is done with its last one.
 
     Args:
+        most: iterations, at most.
         stops: whether to come back as soon as a request has left.
 
     Returns:
         When the last iteration ended (infinite if there is nothing to do before something new comes).
     """
-    while now_s < until_s:
+    while now_s < until_s and most > 0:
         free = -1
         for p in range(groups.size_P.size):
             if groups.finish_s_P[p] == math.inf:
                 free = p
         first = _first_done(groups)
         if free >= 0 and groups.stage_free_S[0] <= now_s and _schedule(book, groups, rules, free, now_s):
+            most -= 1
             _start(book, groups, rules, group_Q, prices, work, scratch, timeline, free, now_s)
             if groups.size_P.size > 1:
                 continue
@@ -157,3 +159,17 @@ def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch,
     timeline.sums_WX[window, 4] += work.imbalance[0] - before[0]
     timeline.sums_WX[window, 5] += work.imbalance[1] - before[1]
     timeline.sums_WX[window, 6] += at_s - now_s
+
+
+@njit(cache=True)
+def note_waiting(timeline, start_s, end_s):  # type: ignore[no-untyped-def]
+    """A request that came while an iteration was on its way waits until its end."""
+    width_s = timeline.width_s[0]
+    at_s = start_s
+    while at_s < end_s:
+        window = min(int(at_s / width_s), WINDOWS - 1)
+        until_s = min(end_s, (window + 1) * width_s)
+        if until_s <= at_s:
+            until_s = end_s
+        timeline.sums_WX[window, 1] += until_s - at_s
+        at_s = until_s

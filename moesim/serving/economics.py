@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.costs.compute import arithmetic_flops_per_s, efficiency
-from moesim.serving.outcome import Outcome
 from moesim.service import Service
+from moesim.serving.outcome import Outcome
 
 COMPUTING = ("attention", "router", "dense", "shared_experts", "experts", "head")
 """Parts of an iteration in which a device computes or reads memory; in the others it sends, or waits."""
@@ -110,4 +110,3 @@ def economics_notes(service: Service) -> tuple[str, ...]:
         kind = "given" if price[1] == "given" else f"assumed: {price[1]}; fleet.usd_per_device_hour replaces it"
         money = f"USD at {price[0].value:g} an hour and device ({kind})"
     return money, f"energy of devices alone, by assumed shares of their {device.power_w:g} W"
-

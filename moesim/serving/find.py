@@ -98,7 +98,9 @@ def find_rate(
     return RateSearch(target, good, is_bracketed, tuple(tried), says, is_partial)
 
 
-def check_search(target: float, start_per_s: float, lowest_per_s: float, highest_per_s: float, tolerance: float) -> None:
+def check_search(
+    target: float, start_per_s: float, lowest_per_s: float, highest_per_s: float, tolerance: float
+) -> None:
     """Refuse bounds that no search can have.
 
     Raises:
@@ -115,24 +117,23 @@ def check_search(target: float, start_per_s: float, lowest_per_s: float, highest
         raise ValueError(f"search for a rate: the tolerance must be above 0; given {tolerance:g}")
 
 
-def _sentence(
-    good: float | None, bad: float | None, target: float, tried: list[Tried], is_partial: bool
-) -> str:
-    known = {item.rate_per_s: item.attainment for item in tried}
+def _sentence(good: float | None, bad: float | None, target: float, tried: list[Tried], is_partial: bool) -> str:
+    known = {item.rate_per_s: f"{100 * item.attainment:.3g} %" for item in tried}
+    must = f"{100 * target:g} % must"
     stopped = "Stopped before its end: " if is_partial else ""
     if good is not None and bad is not None:
         return (
-            f"{stopped}{good:.4g} requests/s keep the promise ({known[good]:.1%} of them; {target:.0%} must), "
-            f"{bad:.4g} do not ({known[bad]:.1%})."
+            f"{stopped}{good:.4g} requests/s keep the promise ({known[good]} of them; {must}), "
+            f"{bad:.4g} do not ({known[bad]})."
         )
     if good is not None:
         return (
-            f"{stopped}No limit up to {good:.4g} requests/s: {known[good]:.1%} keep the promise ({target:.0%} must). "
+            f"{stopped}No limit up to {good:.4g} requests/s: {known[good]} keep the promise ({must}). "
             "More requests, or a higher end of the search, would be needed to see one."
         )
     if bad is not None:
         return (
-            f"{stopped}Even at {bad:.4g} requests/s only {known[bad]:.1%} keep the promise ({target:.0%} must): "
+            f"{stopped}Even at {bad:.4g} requests/s only {known[bad]} keep the promise ({must}): "
             "waiting is not the reason, so fewer requests will not help."
         )
     return "Stopped before the first rate was tried."

@@ -91,14 +91,9 @@ class OneRank:
     def decoded(self, mixers: tuple[Mixer, ...], queries: int, requests_A: Floats, context_C: Floats) -> Timed:
         """Attention of decoding requests, [V, A, C], without projections, with so many new tokens of each."""
         requests, each = np.meshgrid(requests_A, context_C, indexing="ij")
-        kept = (requests * each).ravel()
-        found = [
-            attention_core(
-                self._ops, self._model, mixer, self._tp, "decode", requests.ravel(), queries * requests.ravel(), kept,
-                queries * kept,
-            )  # fmt: skip
-            for mixer in mixers
-        ]
+        flat, kept = requests.ravel(), (requests * each).ravel()
+        works = (flat, queries * flat, kept, queries * kept)
+        found = [attention_core(self._ops, self._model, mixer, self._tp, "decode", *works) for mixer in mixers]
         timed = stacked(found)
         return Timed(timed.seconds.reshape(len(mixers), *requests.shape), timed.rests_X)
 

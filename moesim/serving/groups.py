@@ -9,7 +9,7 @@ from moesim.serving.prices import JOINED, NUM_OPS
 
 
 @njit(cache=True)
-def below(points_N, value) -> int:  # type: ignore[no-untyped-def]
+def below(points_N, value):  # type: ignore[no-untyped-def]
     """Index of the cell of increasing points that the value is in, that at an end where it is beyond."""
     low, high = 0, points_N.size - 1
     while high - low > 1:
@@ -23,27 +23,26 @@ def below(points_N, value) -> int:  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _cell(grid_N, unit_points, value):  # type: ignore[no-untyped-def]
-    """Cell of a token count, and the part of it that is passed; the first points are one token apart."""
-    n = np.int64(value)
-    if n < unit_points - 1:
-        return n, value - n
+    """Cell of a whole number of tokens, and the part of it that is passed; the first points are one token apart."""
+    if value < unit_points - 1:
+        return np.int64(value), 0.0
     n = below(grid_N, value)
     return n, (value - grid_N[n]) / (grid_N[n + 1] - grid_N[n])
 
 
 @njit(cache=True)
-def _line(s_N, n, part) -> float:  # type: ignore[no-untyped-def]
+def _line(s_N, n, part):  # type: ignore[no-untyped-def]
     return s_N[n] + part * (s_N[n + 1] - s_N[n])
 
 
 @njit(cache=True)
-def _part(points_N, n, value) -> float:  # type: ignore[no-untyped-def]
+def _part(points_N, n, value):  # type: ignore[no-untyped-def]
     """How much of the cell is passed, beyond the last one more than all of it."""
     return max((value - points_N[n]) / (points_N[n + 1] - points_N[n]), 0.0)
 
 
 @njit(cache=True)
-def plane(s_AC, a, c, part_a, part_c) -> float:  # type: ignore[no-untyped-def]
+def plane(s_AC, a, c, part_a, part_c):  # type: ignore[no-untyped-def]
     """Bilinear in one cell."""
     low = s_AC[a, c] + part_c * (s_AC[a, c + 1] - s_AC[a, c])
     high = s_AC[a + 1, c] + part_c * (s_AC[a + 1, c + 1] - s_AC[a + 1, c])

@@ -145,7 +145,9 @@ def littles_law_ratio(outcome: Outcome) -> float:
     rate_per_s, mean_s = len(stayed_s_Q) / outcome.seconds, float(stayed_s_Q.mean())
     if not rate_per_s * mean_s:
         return float("nan")
-    return (timeline_mean(outcome, "running") + timeline_mean(outcome, "waiting")) / (rate_per_s * mean_s)
+    width_s = np.diff(outcome.timeline["time_s"], prepend=0.0)
+    present_s = float(np.nansum(width_s * (outcome.timeline["running"] + outcome.timeline["waiting"])))
+    return present_s / outcome.seconds / (rate_per_s * mean_s)
 
 
 def timeline_mean(outcome: Outcome, name: str, weight: str | None = None) -> float:

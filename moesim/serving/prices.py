@@ -39,7 +39,7 @@ class Prices(NamedTuple):
         window_V: the most tokens that a mixer looks back on.
         has_shared: whether experts are shared, beside the dispatch.
         num_drafts: tokens that are drafted for each decoding request.
-        grid_N, token_s_ON: tokens of a group from 0 up, by one to N' - 1 = `unit_points` - 1; seconds of each operation.
+        grid_N, token_s_ON: tokens of a group, the first `unit_points` from 0 on by one; seconds of each operation.
         head_s_N: of rows through the output head.
         requests_A, context_C, decode_s_VAC: decoding requests, mean cached tokens of each, attention's seconds.
         chunk_X, before_Y, prefill_s_VXY: tokens of a chunk, tokens before it, attention's seconds.
@@ -49,7 +49,8 @@ class Prices(NamedTuple):
         place_LXE, base_R, slots_per_rank, node_R: see `moesim.routing.counting.Counter`.
         has_experts_table: whether experts are priced by the table (rows, slots that have any) of a rank; else each slot
             is on its own roofline.
-        params_LRS, roofline: parameters of each slot; [bytes of a weight, of a row, s per FLOP, s per byte, launches' s].
+        params_LRS, roofline: parameters of each slot; [bytes of a weight, of a row, s per FLOP, s per byte, s of
+            launches].
         rows_I, active_J, experts_s_IJ: the table.
         exchange: one of `NO_EXCHANGE`, ...
         exchange_s: [dispatch's s per message inside a node, beyond; combine's inside, beyond; starting one].
@@ -99,28 +100,38 @@ class Prices(NamedTuple):
 
 
 class Memo(NamedTuple):
-    """What routing costs by the number of tokens, counted beforehand; G token counts, W samples of each, S stages.
+    """What routing costs by the number of tokens, counted beforehand: G token counts, W samples of each, S stages.
+
+    H kinds of segments: what ranks do between one combine and the next dispatch, or in a whole stage where there is
+    neither.
 
     Attributes:
-        step: logarithm of the ratio of one token count to the one before; the first is 1.
-        routed_s_GWSX: of all MoE layers of a stage together: dispatch, experts, combine (mean over ranks), and what
+        tokens_G: of the instance; of a group where experts are not spread.
+        routed_s_GWSX: seconds of all MoE layers of a stage: dispatch, experts, combine, means over ranks; and what
             ranks then wait for the slowest in them.
         imbalance_GW: busiest rank's choices over the mean, mean over layers.
-        load_GWLP: choices of each slot for one token.
-        segment_HO, of_stage_SH: layers between one dispatch and the next are alike but for a few kinds H: how many of
-            each operation are in one, and how many of these are in a stage. The last of O is the head.
+        load_WLP: choices of each slot for one token.
+        segment_HO, of_stage_SH: how many of each operation are in a segment, and of these in a stage. The last of O is
+            the head.
+        part_O: place of each operation in `moesim.serving.work.PARTS`.
+        moe_S: MoE layers of each stage.
+        slowdown_D: factor on the computation of the slowest rank of each group.
     """
 
-    step: float
+    tokens_G: Floats
     routed_s_GWSX: Floats
     imbalance_GW: Floats
-    load_GWLP: Floats
+    load_WLP: Floats
     segment_HO: Floats
     of_stage_SH: Floats
+    part_O: Ints
+    moe_S: Ints
+    slowdown_D: Floats
 
 
 def no_memo() -> Memo:
     """Where every token is counted."""
     return Memo(
-        1.0, np.zeros((0, 0, 0, 0)), np.zeros((0, 0)), np.zeros((0, 0, 0, 0)), np.zeros((0, 0)), np.zeros((0, 0))
-    )
+        np.zeros(0), np.zeros((0, 0, 0, 0)), np.zeros((0, 0)), np.zeros((0, 0, 0)), np.zeros((0, 0)), np.zeros((0, 0)),
+        np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0),
+    )  # fmt: skip

@@ -3,74 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.costs import compute, network
-from moesim.costs.operators import Operators, Timed, stacked
+from moesim.costs.operators import Operators, Timed
 from moesim.hardware import SOURCES, Cluster
-from moesim.layout import Layout, Placement
+from moesim.layout import AttentionGrid, ExpertGrid, Layout, Placement
 from moesim.mixers import Mixer
-from moesim.model import BYTES_PER_PARAM, Dense, Experts, Layer, ModelSpec
-from moesim.policies.collective import ALL_TO_ALLS
+from moesim.model import Dense, Experts, Layer, ModelSpec
 from moesim.policies.placement import Contiguous
 from moesim.program.forward import drafting_layer
 from moesim.routing.counting import Counter
 from moesim.routing.trace import RoutingTrace
-from moesim.service import EngineConfig
+from moesim.service import EngineConfig, Service
+from moesim.serving.exchanges import exchange_of, exchange_prices
 from moesim.serving.grids import OneRank, points
-from moesim.serving.prices import (
-    ADDED,
-    BY_CHOICE,
-    BY_NODE,
-    BY_RANK,
-    DRAFT_HEAD,
-    GATHERED,
-    HEAD,
-    NO_EXCHANGE,
-    NO_HEAD,
-    Prices,
-    no_memo,
-)
+from moesim.serving.memo import memoised
+from moesim.serving.prices import ADDED, DRAFT_HEAD, HEAD, NO_EXCHANGE, NO_HEAD, Prices, no_memo
+from moesim.serving.slots import experts_prices, experts_timed
 from moesim.serving.work import PARTS
 
 Floats = NDArray[np.float64]
 
-MESSAGES = {"rank": BY_RANK, "choice": BY_CHOICE, "node": BY_NODE}
 
-
-def exchange_of(backend: str, layout: Layout, cluster: Cluster) -> tuple[int, str | None]:
-    """How tokens reach their experts, and the all-to-all of `ALL_TO_ALLS` whose rates are reached, if one's are.
-
-    vLLM dispatches nothing inside one tensor-parallel group: tokens are on all its ranks, and results are added up. So
-    does "none". DeepEP's kernels are taken as named even there, as SGLang runs them.
-
-    Raises:
-        ValueError: an unknown backend, or "none" with several data-parallel groups.
-    """
-    dp, ep = layout.attention.dp, layout.experts.ep
-    if ep == 1:
-        return NO_EXCHANGE, None
-    if backend == "none" and dp > 1:
-        raise ValueError(
-            f'engine.all2all_backend: "none" adds up results inside one tensor-parallel group, given '
-            f'data_parallel_size = {dp}; "allgather_reducescatter" would do'
-        )
-    if backend == "none" or (backend == "allgather_reducescatter" and dp == 1):
-        return ADDED, None
-    if backend == "allgather_reducescatter":
-        return GATHERED, None
-    if backend == "deepep_high_throughput":
-        return (BY_RANK if ep <= cluster.devices_per_node else BY_NODE), "rails"
-    if backend == "deepep_low_latency":
-        return BY_CHOICE, "low_latency"
-    raise ValueError(
-        f"engine.all2all_backend: unknown {backend!r}; allgather_reducescatter, deepep_high_throughput, "
-        "deepep_low_latency or none would do"
+def layout_of(engine: EngineConfig) -> Layout:
+    """The layout of one instance; experts of a single rank are not spread."""
+    dp, tp = engine.data_parallel_size, engine.tensor_parallel_size
+    is_spread = engine.enable_expert_parallel and dp * tp > 1
+    experts = ExpertGrid(ep=dp * tp) if is_spread else ExpertGrid(edp=dp, etp=tp)
+    return Layout(
+        AttentionGrid(dp, tp),
+        experts,
+        engine.num_redundant_experts if is_spread else 0,
+        pp=engine.pipeline_parallel_size,
     )
+
+
+def prices_of(
+    service: Service,
+    engine: EngineConfig,
+    cluster: Cluster,
+    placement: Placement | None = None,
+    bound: str = "value",
+    slowdown_R: Floats | None = None,
+) -> Prices:
+    """Prices of one of a service's instances, on the part of the machine that it gets; memoised where it says so."""
+    operators = Operators(service.cluster.device, bound, service.tables, service.calibration)
+    layout = layout_of(engine)
+    prices = build_prices(service.model, cluster, layout, engine, service.trace, operators, placement, slowdown_R)
+    if engine.routing != "memoised":
+        return prices
+    most_tokens = engine.max_num_batched_tokens * engine.data_parallel_size
+    return memoised(prices, service.stream("memo"), most_tokens)
 
 
 def build_prices(
@@ -104,84 +91,113 @@ def build_prices(
         )
     exchange, algorithm = exchange_of(engine.all2all_backend, layout, cluster)
     is_spread = exchange not in (NO_EXCHANGE, ADDED)
-    num_drafts, pp = engine.num_speculative_tokens, layout.pp
-    layers = (*model.layers, *(drafting_layer(model),) * num_drafts)
-    mixers = tuple(dict.fromkeys(layer.mixer for layer in layers if layer.mixer))
-    denses = tuple(dict.fromkeys(layer.ffn for layer in layers if isinstance(layer.ffn, Dense)))
+    layers = (*model.layers, *(drafting_layer(model),) * engine.num_speculative_tokens)
     rank = OneRank(model, cluster, operators, tp, is_spread, D * tp)
-    most_tokens = max(engine.max_num_batched_tokens, engine.max_num_seqs * (1 + num_drafts))
+    most_tokens = max(engine.max_num_batched_tokens, engine.max_num_seqs * (1 + engine.num_speculative_tokens))
+    by_tokens, token_parts = _by_tokens(rank, model, layers, layout.pp, most_tokens)
+    by_context, attention = _by_context(rank, model, layers, engine, most_tokens)
+    host = operators.host_overhead()
+    prices = Prices(
+        tp=tp,
+        has_shared=bool(model.moe_layers and (model.experts.shared_width or model.experts.residual_width)),
+        num_drafts=engine.num_speculative_tokens,
+        host_s=float(host.seconds),
+        slowdown_R=np.ones(D * tp) if slowdown_R is None else np.ascontiguousarray(slowdown_R, np.float64),
+        exchange=exchange,
+        exchange_s=exchange_prices(model, cluster, layout, exchange, algorithm, operators),
+        shares_PX=np.zeros((len(PARTS), len(SOURCES))),
+        memo=no_memo(),
+        **_order(model, layers, layout.pp),
+        **by_tokens,
+        **by_context,
+        **_routing(model, cluster, layout, exchange, trace),
+        **experts_prices(model, operators, layout, most_tokens * D),
+    )
+    moved = operators.collective(1.0 if is_spread else 0.0)
+    parts = {
+        **token_parts, "attention": [*token_parts["attention"], *attention], "dispatch": [moved], "combine": [moved],
+        "experts": [experts_timed(model, operators, layout)], "host": [host],
+    }  # fmt: skip
+    for part in set(parts) & set(PARTS):
+        shares_X = np.sum([timed.shares_X for timed in parts[part]], axis=0)
+        prices.shares_PX[PARTS.index(part)] = shares_X / (shares_X.sum() or 1.0)
+    if not model.moe_layers:
+        return prices
+    return replaced(prices, placement or _in_order(model, layout), model, layout)
+
+
+def _kinds(layers: Sequence[Layer]) -> tuple[tuple[Mixer, ...], tuple[Dense, ...]]:
+    """Mixers and dense networks, each once."""
+    mixers = tuple(dict.fromkeys(layer.mixer for layer in layers if layer.mixer))
+    return mixers, tuple(dict.fromkeys(layer.ffn for layer in layers if isinstance(layer.ffn, Dense)))
+
+
+def _order(model: ModelSpec, layers: Sequence[Layer], pp: int) -> dict[str, Any]:
+    """What each layer is; drafting layers stand behind the model's own, and route as its last MoE layer."""
+    mixers, denses = _kinds(layers)
+    num_own, is_moe = len(model.layers), np.array([isinstance(layer.ffn, Experts) for layer in layers])
+    edges = [s * num_own // pp for s in range(pp + 1)]
+    stage_L = [stage for stage, (first, last) in enumerate(pairwise(edges)) for _ in range(first, last)]
+    moe_L = np.minimum(np.cumsum(is_moe) - 1, len(model.moe_layers) - 1)
+    return {
+        "mixer_L": _ids([mixers.index(layer.mixer) if layer.mixer else -1 for layer in layers]),
+        "dense_L": _ids([denses.index(layer.ffn) if isinstance(layer.ffn, Dense) else -1 for layer in layers]),
+        "moe_L": np.where(is_moe, moe_L, -1).astype(np.int64),
+        "head_L": _ids([NO_HEAD] * (num_own - 1) + [HEAD] + [DRAFT_HEAD] * (len(layers) - num_own)),
+        "stage_L": _ids(stage_L + [pp - 1] * (len(layers) - num_own)),
+        "window_V": np.array([np.inf if mixer.window is None else mixer.window for mixer in mixers]),
+    }
+
+
+Parts = dict[str, list[Timed]]
+
+
+def _by_tokens(
+    rank: OneRank, model: ModelSpec, layers: Sequence[Layer], pp: int, most_tokens: int
+) -> tuple[dict[str, Any], Parts]:
+    """Tables by a group's tokens, and what the parts rest on; rows in the order that `Prices` says."""
+    mixers, denses = _kinds(layers)
     grid_N = points(0, 512, max(most_tokens, 1024), 1.05)
-    by_tokens = {
+    nothing = Timed.of(np.zeros_like(grid_N), 0)
+    by_op: Parts = {
         "attention": [rank.projections(mixer, grid_N) for mixer in mixers],
         "dense": [rank.dense(ffn, grid_N) for ffn in denses],
         "allreduce": [rank.reduced(grid_N, 2)],
         "half": [rank.reduced(grid_N, 1)],
-        "router": [rank.router(grid_N) if model.moe_layers else Timed.of(0 * grid_N, 0)],
-        "shared_experts": [rank.shared_experts(grid_N) if model.moe_layers else Timed.of(0 * grid_N, 0)],
-        "send": [rank.sent(grid_N) if pp > 1 else Timed.of(0 * grid_N, 0)],
+        "router": [rank.router(grid_N) if model.moe_layers else nothing],
+        "shared_experts": [rank.shared_experts(grid_N) if model.moe_layers else nothing],
+        "send": [rank.sent(grid_N) if pp > 1 else nothing],
         "joined": [rank.joined(grid_N)],
     }
-    head, host = rank.head(grid_N), operators.host_overhead()
-    requests_A = points(1, 32, max(engine.max_num_seqs, 2), 1.15)
+    head = rank.head(grid_N)
+    tables = {
+        "grid_N": grid_N,
+        "unit_points": int(np.argmax(np.diff(grid_N, append=np.inf) > 1)) + 1,
+        "token_s_ON": np.stack([timed.seconds for some in by_op.values() for timed in some]),
+        "head_s_N": head.seconds,
+    }
+    return tables, by_op | {"head": [head]}
+
+
+def _by_context(
+    rank: OneRank, model: ModelSpec, layers: Sequence[Layer], engine: EngineConfig, most_tokens: int
+) -> tuple[dict[str, Any], list[Timed]]:
+    """Tables of attention by requests and contexts."""
+    mixers, _ = _kinds(layers)
     longest = float(engine.max_model_len or max(model.max_position or 0, 131072))
-    context_C, before_Y = points(1, 16, longest, 1.2), np.append(0.0, points(1, 16, longest, 1.2))
-    chunk_X = points(1, 64, max(most_tokens, 128), 1.05)
-    decoded = rank.decoded(mixers, 1 + num_drafts, requests_A, context_C)
+    requests_A, context_C = points(1, 32, max(engine.max_num_seqs, 2), 1.15), points(1, 16, longest, 1.2)
+    chunk_X, before_Y = points(1, 64, max(most_tokens, 128), 1.05), points(0, 16, longest, 1.2)
+    decoded = rank.decoded(mixers, 1 + engine.num_speculative_tokens, requests_A, context_C)
     prefilled = rank.prefilled(mixers, chunk_X, before_Y)
-    dense_kind = {ffn: kind for kind, ffn in enumerate(denses)}
-    edges = [s * len(model.layers) // pp for s in range(pp + 1)]
-    stage_L = np.repeat(np.arange(pp), [last - first for first, last in pairwise(edges)])
-    prices = Prices(
-        tp=tp,
-        mixer_L=_ids([mixers.index(layer.mixer) if layer.mixer else -1 for layer in layers]),
-        dense_L=_ids([dense_kind[layer.ffn] if isinstance(layer.ffn, Dense) else -1 for layer in layers]),
-        moe_L=_moe_ids(layers, len(model.moe_layers)),
-        head_L=_ids([NO_HEAD] * (len(model.layers) - 1) + [HEAD] + [DRAFT_HEAD] * num_drafts),
-        stage_L=_ids([*stage_L, *[pp - 1] * num_drafts]),
-        window_V=np.array([np.inf if mixer.window is None else mixer.window for mixer in mixers]),
-        has_shared=bool(
-            model.moe_layers and (model.experts.shared_width or model.experts.residual_width)
-        ),
-        num_drafts=num_drafts,
-        unit_points=int(np.flatnonzero(np.diff(grid_N) == 1)[-1]) + 2,
-        grid_N=grid_N,
-        token_s_ON=np.stack([timed.seconds for some in by_tokens.values() for timed in some]),
-        head_s_N=head.seconds,
-        requests_A=requests_A, context_C=context_C, decode_s_VAC=decoded.seconds,
-        chunk_X=chunk_X, before_Y=before_Y, prefill_s_VXY=prefilled.seconds,
-        host_s=float(host.seconds),
-        slowdown_R=np.ones(D * tp) if slowdown_R is None else np.ascontiguousarray(slowdown_R, np.float64),
-        **_routing(model, cluster, layout, exchange, trace),
-        **_experts(model, operators, layout, most_tokens * D),
-        exchange=exchange,
-        exchange_s=_exchange_s(model, cluster, layout, exchange, algorithm, operators),
-        shares_PX=np.zeros((len(PARTS), len(SOURCES))),
-        memo=no_memo(),
-    )  # fmt: skip
-    if model.moe_layers:
-        prices = replaced(prices, placement or _in_order(model, layout), model, layout)
-    moved = operators.collective(1.0) if is_spread else Timed.of(0.0, 0)
-    parts = {
-        "attention": stacked([*by_tokens["attention"], *(Timed(grid_N, t.rests_X) for t in (decoded, prefilled))])
-        if mixers else Timed.of(0.0, 0),
-        "allreduce": by_tokens["allreduce"][0], "router": by_tokens["router"][0],
-        "dense": stacked(by_tokens["dense"]) if denses else Timed.of(0.0, 0),
-        "shared_experts": by_tokens["shared_experts"][0], "dispatch": moved, "combine": moved,
-        "experts": _experts_timed(model, operators, layout), "head": head, "send": by_tokens["send"][0], "host": host,
+    tables = {
+        "requests_A": requests_A, "context_C": context_C, "decode_s_VAC": decoded.seconds,
+        "chunk_X": chunk_X, "before_Y": before_Y, "prefill_s_VXY": prefilled.seconds,
     }  # fmt: skip
-    for part, timed in parts.items():
-        prices.shares_PX[PARTS.index(part)] = timed.shares_X
-    return prices
+    return tables, [decoded, prefilled]
 
 
 def _ids(values: Sequence[int]) -> NDArray[np.int64]:
     return np.array(values, np.int64)
-
-
-def _moe_ids(layers: Sequence[Layer], num_moe: int) -> NDArray[np.int64]:
-    """Drafting layers route as the last MoE layer."""
-    is_moe = np.array([isinstance(layer.ffn, Experts) for layer in layers])
-    return np.where(is_moe, np.minimum(np.cumsum(is_moe) - 1, num_moe - 1), -1).astype(np.int64)
 
 
 def _in_order(model: ModelSpec, layout: Layout) -> Placement:
@@ -192,7 +208,7 @@ def _in_order(model: ModelSpec, layout: Layout) -> Placement:
 
 def _routing(
     model: ModelSpec, cluster: Cluster, layout: Layout, exchange: int, trace: RoutingTrace | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """All of compiled counting but what the placement decides."""
     num_ranks = layout.attention.dp * (layout.attention.tp if exchange != NO_EXCHANGE else 1)
     ids_TLK = np.zeros((1, 0, 1), np.uint8) if trace is None or not model.moe_layers else trace.expert_ids_TLK
@@ -207,7 +223,7 @@ def _routing(
 
 
 def replaced(prices: Prices, placement: Placement, model: ModelSpec, layout: Layout) -> Prices:
-    """The same prices with experts placed anew."""
+    """The same prices with experts placed anew, counted token by token: what was memoised is no longer so."""
     num_ranks, ffn = len(prices.base_R), model.experts
     counter = Counter(placement, ffn.num_experts, num_ranks, prices.node_R)
     params_E = np.array([ffn.expert_params(model.hidden_size, width) for width in ffn.expert_widths])
@@ -218,83 +234,5 @@ def replaced(prices: Prices, placement: Placement, model: ModelSpec, layout: Lay
         base_R=counter.base_R,
         slots_per_rank=num_slots // placement.ep,
         params_LRS=np.tile(params_LRS, (1, num_ranks // placement.ep, 1)),
+        memo=no_memo(),
     )
-
-
-def _is_tabled(model: ModelSpec, ops: Operators) -> bool:
-    """As `Operators.experts` decides it."""
-    ffn = model.experts
-    is_alike = ffn.gated and len(set(ffn.expert_widths)) == 1
-    return is_alike and any((op, model.dtypes.experts) in ops.tables for op in ("moe", "grouped_gemm"))
-
-
-def _experts(model: ModelSpec, ops: Operators, layout: Layout, most_tokens: int) -> dict[str, object]:
-    """Coefficients of the experts' rooflines, and the table by rows and active slots where one was measured."""
-    found: dict[str, object] = {
-        "has_experts_table": False, "roofline": np.zeros(5), "rows_I": np.arange(2.0), "active_J": np.arange(2.0),
-        "experts_s_IJ": np.zeros((2, 2)),
-    }  # fmt: skip
-    if not model.moe_layers:
-        return found
-    dtype, device, bound = model.dtypes.experts, ops.device, ops.bound
-    factor = ops.calibration.values["experts_factor"] if ops.calibration else 1.0
-    peak = compute.arithmetic_flops_per_s(device, dtype) * compute.efficiency(device, "grouped_gemm", bound)
-    rate = device.memory.bytes_per_s * compute.efficiency(device, "memory", bound)
-    launches_s = float(ops.launches(2.0).seconds)
-    found["roofline"] = np.array(
-        [BYTES_PER_PARAM[dtype], 4.0 * model.hidden_size, factor / peak, factor / rate, launches_s]
-    )
-    if _is_tabled(model, ops):
-        num_slots = (model.experts.num_experts + layout.num_redundant_experts) // layout.experts.ep
-        rows_I = points(1, 64, most_tokens * model.experts.top_k, 1.1)
-        active_J = points(1, 32, max(num_slots, 2), 1.1)
-        timed = _loaded(model, ops, layout, rows_I, active_J, num_slots)
-        found |= {"has_experts_table": True, "rows_I": rows_I, "active_J": active_J, "experts_s_IJ": timed.seconds}
-    return found
-
-
-def _loaded(
-    model: ModelSpec, ops: Operators, layout: Layout, rows_I: Floats, active_J: Floats, num_slots: int
-) -> Timed:
-    """Experts of a rank whose rows fall evenly on so many slots, [I, J]; at least one in each."""
-    rows, active = (a.ravel().astype(np.int64) for a in np.meshgrid(rows_I, np.minimum(active_J, num_slots), indexing="ij"))
-    rows = np.maximum(rows, active)
-    slot = np.arange(num_slots)
-    load_MS = np.where(slot < active[:, None], rows[:, None] // active[:, None], 0)
-    load_MS += slot < (rows % active)[:, None]
-    ffn = model.experts
-    params = ffn.expert_params(model.hidden_size, ffn.expert_widths[0]) / layout.experts.etp
-    load_LRS = load_MS.astype(np.int32)[None]
-    timed = ops.experts(load_LRS, np.full(load_LRS.shape, params), ffn, model.hidden_size, model.dtypes.experts)
-    return replace(timed, seconds=timed.seconds.reshape(len(rows_I), len(active_J)))
-
-
-def _experts_timed(model: ModelSpec, ops: Operators, layout: Layout) -> Timed:
-    """Experts at a few loads, for what they rest on."""
-    if not model.moe_layers:
-        return Timed.of(0.0, 0)
-    num_slots = (model.experts.num_experts + layout.num_redundant_experts) // layout.experts.ep
-    rows_I = points(1, 1, max(64 * num_slots, 2), 2.0)
-    return _loaded(model, ops, layout, rows_I, np.array([1.0, num_slots]), num_slots)
-
-
-def _exchange_s(
-    model: ModelSpec, cluster: Cluster, layout: Layout, exchange: int, algorithm: str | None, ops: Operators
-) -> Floats:
-    """Seconds of one message at a rank's ports, and of a start.
-
-    A gathered token brings the router's scores along, in 16 bits, as vLLM's do; sent ones have chosen before.
-    """
-    if exchange in (NO_EXCHANGE, ADDED):
-        return np.zeros(5)
-    reached = ALL_TO_ALLS[algorithm].reached if algorithm else None
-    near, far = network.reached_fractions(cluster, ops.bound, reached)
-    near_s, far_s = 1 / (cluster.scale_up.bytes_per_s * near), 1 / (cluster.scale_out.bytes_per_s * far)
-    h, activation = model.hidden_size, BYTES_PER_PARAM[model.dtypes.activation]
-    there = h * (BYTES_PER_PARAM["fp8_block"] if model.dtypes.experts == "fp8_block" else activation)
-    if exchange == GATHERED:
-        there = (h + model.experts.num_experts) * activation
-    back = h * activation
-    sizes = np.array([there * near_s, there * far_s, back * near_s, back * far_s])
-    start = ops.collective_start(layout.experts.ep, cluster)
-    return np.append(ops.collective(sizes).seconds, float(start.seconds))

@@ -29,16 +29,18 @@ class ServingResult(Result):
         outcome: times of every request, and the timeline, at the value.
         promises: name ("ttft", "tpot", "e2e") -> most seconds, of those that were given.
         search: of the maximum rate, where one was asked for; the result is the run at the rate that it found.
+        is_stopped: whether only the runs behind the intervals were stopped.
     """
 
     outcome: Outcome
     promises: Mapping[str, float] = field(default_factory=dict)
     search: RateSearch | None = None
+    is_stopped: bool = False
 
     @property
     def is_partial(self) -> bool:
-        """Whether the run or the search was stopped before its end."""
-        return self.outcome.is_partial or bool(self.search and self.search.is_partial)
+        """Whether the run, its intervals or the search were stopped before their end."""
+        return self.is_stopped or self.outcome.is_partial or bool(self.search and self.search.is_partial)
 
     def as_json(self) -> dict[str, Any]:
         """The shape of `moesim run --json`, with the timeline, `is_partial`, and the search if there is one."""
@@ -99,7 +101,9 @@ def serving_notes(service: Service, outcome: Outcome, window: Window = ALL) -> t
     said = []
     left = int((~np.isfinite(outcome.finish_s_Q) & ~outcome.dropped_Q).sum())
     if outcome.is_partial:
-        said.append(f"PARTIAL: stopped at {outcome.seconds:.4g} s of simulated time; metrics are of what was done by then")
+        said.append(
+            f"PARTIAL: stopped at {outcome.seconds:.4g} s of simulated time; metrics are of what was done by then"
+        )
     if left:
         said.append(f"{left} of {len(outcome.finish_s_Q)} requests were not answered: E2E and TPOT are of the others")
     if outcome.dropped_Q.any():

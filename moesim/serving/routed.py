@@ -1,4 +1,4 @@
-"""What the routing of an iteration's tokens costs: counted, then experts and exchanges priced. Compiled."""
+"""What the routing of an iteration's tokens costs: experts and exchanges, from counts. Compiled."""
 
 from __future__ import annotations
 
@@ -6,65 +6,9 @@ import numpy as np
 from numba import njit
 
 from moesim.costs.compute import _grouped_s
-from moesim.routing.counting import _RANK_SHIFT, _count, _count_nodes, _sum_relayed, _sum_traffic
+from moesim.serving.counted import count_step
 from moesim.serving.groups import below, plane
-from moesim.serving.prices import ADDED, BY_CHOICE, BY_NODE, GATHERED, NO_EXCHANGE
-
-
-@njit(cache=True)
-def _deal(group_B, ranks_per_group, source_B, order_B, first_R):  # type: ignore[no-untyped-def]
-    """Expert rank of each token, tokens of a group in turn over its ranks; and tokens in the order of their ranks."""
-    first_R[:] = 0
-    for i in range(group_B.size):
-        source = group_B[i] * ranks_per_group + i % ranks_per_group
-        source_B[i] = source
-        first_R[source + 1] += 1
-    for rank in range(1, first_R.size):
-        first_R[rank] += first_R[rank - 1]
-    for i in range(group_B.size):
-        order_B[first_R[source_B[i]]] = i
-        first_R[source_B[i]] += 1
-
-
-@njit(cache=True)
-def _count_loads(ids_TLK, rows_B, base_B, place_LXE, load_LP):  # type: ignore[no-untyped-def]
-    """Choices of each slot, where nobody asks who sent them."""
-    num_layers, top_k, num_choices = ids_TLK.shape[1], ids_TLK.shape[2], place_LXE.shape[1]
-    slot_bits = (np.uint64(1) << np.uint64(_RANK_SHIFT)) - np.uint64(1)
-    for i in range(rows_B.size):
-        row, choice, base = rows_B[i], i % num_choices, np.uint64(base_B[i])
-        for layer in range(num_layers):
-            for k in range(top_k):
-                load_LP[layer, base + (place_LXE[layer, choice, ids_TLK[row, layer, k]] & slot_bits)] += 1
-
-
-@njit(cache=True)
-def _count_step(prices, work, scratch):  # type: ignore[no-untyped-def]
-    """Write loads, and where tokens are sent their messages."""
-    rows_B, num = work.rows_B[: work.num[1]], work.num[1]
-    source_B, order_B, choice_B = scratch.source_B[:num], scratch.order_B[:num], scratch.choice_B[:num]
-    load_LP, place_LXE, base_R = scratch.load_LP, prices.place_LXE, prices.base_R
-    load_LP[:] = 0
-    if prices.exchange == NO_EXCHANGE or prices.exchange == ADDED or prices.exchange == GATHERED:
-        slots = prices.slots_per_rank if prices.exchange == NO_EXCHANGE else 0
-        for i in range(num):
-            source_B[i] = work.group_B[i] * slots
-        _count_loads(prices.ids_TLK, rows_B, source_B, place_LXE, load_LP)
-        return
-    _deal(work.group_B[:num], prices.tp, source_B, order_B, scratch.first_R)
-    scratch.sent_LRR[:] = 0
-    scratch.stamp_LR[:] = -1
-    scratch.traffic_CLR[:] = 0
-    _count(
-        prices.ids_TLK, rows_B, source_B, choice_B, order_B, base_R, place_LXE, prices.slots_per_rank, load_LP,
-        scratch.sent_LRR, scratch.stamp_LR, np.int32(prices.exchange == BY_CHOICE),
-    )  # fmt: skip
-    if prices.exchange == BY_NODE:
-        scratch.sent_LRN[:] = 0
-        _count_nodes(prices.ids_TLK, rows_B, source_B, choice_B, base_R, place_LXE, prices.node_R, scratch.sent_LRN)
-        _sum_relayed(scratch.sent_LRR, scratch.sent_LRN, prices.node_R, scratch.traffic_CLR)
-    else:
-        _sum_traffic(scratch.sent_LRR, prices.node_R, scratch.traffic_CLR)
+from moesim.serving.prices import ADDED, GATHERED, NO_EXCHANGE
 
 
 @njit(cache=True)
@@ -152,11 +96,10 @@ def _add_load(prices, load_LP, scale, work):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def price_routed(prices, work, scratch):  # type: ignore[no-untyped-def]
-    """Count the tokens, and write the seconds of experts, dispatch and combine on each rank."""
+def price_counted(prices, work, scratch):  # type: ignore[no-untyped-def]
+    """Write the seconds of experts, dispatch and combine on each rank, from what was counted."""
     num_rows = work.num[1]
     scale = work.tokens_D.sum() / num_rows if num_rows else 0.0
-    _count_step(prices, work, scratch)
     _price_experts(prices, scratch.load_LP, scale, scratch.experts_s_LR)
     if prices.exchange == GATHERED:
         _price_gathered(prices, work.tokens_D, scratch.dispatch_s_LR, scratch.combine_s_LR)
@@ -165,3 +108,10 @@ def price_routed(prices, work, scratch):  # type: ignore[no-untyped-def]
         _price_sent(scratch.traffic_CLR, exchange_s, scale, dispatch_s_LR, scratch.combine_s_LR)
     if num_rows:
         _add_load(prices, scratch.load_LP, scale, work)
+
+
+@njit(cache=True)
+def price_routed(prices, work, scratch):  # type: ignore[no-untyped-def]
+    """Count the tokens, and price what they bring."""
+    count_step(prices, work, scratch)
+    price_counted(prices, work, scratch)

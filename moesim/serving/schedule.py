@@ -59,15 +59,11 @@ def _return(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _dequeue(book, groups, d, before, q):  # type: ignore[no-untyped-def]
-    """Take a request out of the queue, behind `before`."""
-    after = book.next_Q[q]
-    if before < 0:
-        groups.head_D[d] = after
-    else:
-        book.next_Q[before] = after
-    if after < 0:
-        groups.tail_D[d] = before
+def _dequeue(book, groups, d):  # type: ignore[no-untyped-def]
+    """Take the first request out of the queue."""
+    groups.head_D[d] = book.next_Q[groups.head_D[d]]
+    if groups.head_D[d] < 0:
+        groups.tail_D[d] = -1
     groups.waiting_D[d] -= 1
 
 
@@ -142,11 +138,12 @@ def _wanted(book, rules, q):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _admit(book, groups, rules, d, before, q, budget, is_whole):  # type: ignore[no-untyped-def]
-    """Take a waiting request in, if its first tokens have room; the tokens that it computes now, 0 if none.
+def _admit(book, groups, rules, d, budget, is_whole):  # type: ignore[no-untyped-def]
+    """Take the first waiting request in, if its first tokens have room; the tokens that it computes now, 0 if none.
 
     is_whole: whether its prompt must not be cut.
     """
+    q = groups.head_D[d]
     far = cached_units(book, groups, rules, d, q) if book.computed_Q[q] == 0 else 0
     have = max(book.computed_Q[q], far * rules.unit_tokens)
     tokens = book.prompt_Q[q] + book.generated_Q[q] - have
@@ -177,7 +174,7 @@ def _admit(book, groups, rules, d, before, q, budget, is_whole):  # type: ignore
         groups.host_free_D[d] += blocks
         groups.copy_s_D[d] += blocks * rules.block_copy_s
         book.is_swapped_Q[q] = False
-    _dequeue(book, groups, d, before, q)
+    _dequeue(book, groups, d)
     groups.running_DM[d, groups.num_D[d]] = q
     groups.num_D[d] += 1
     book.state_Q[q] = RUNNING
@@ -186,14 +183,11 @@ def _admit(book, groups, rules, d, before, q, budget, is_whole):  # type: ignore
 
 @njit(cache=True)
 def _admit_waiting(book, groups, rules, d, batch, budget, now_s):  # type: ignore[no-untyped-def]
-    """vLLM: waiting requests in order, as long as there is budget and room; those that are not ready are passed by."""
-    before, q = -1, groups.head_D[d]
+    """vLLM: waiting requests in order, as long as there is budget and room."""
+    q = groups.head_D[d]
     while q >= 0 and groups.num_D[d] < rules.max_num_seqs and budget > 0:
         after = book.next_Q[q]
-        if book.ready_s_Q[q] > now_s:
-            before, q = q, after
-            continue
-        tokens = _admit(book, groups, rules, d, before, q, budget, not rules.is_chunked)
+        tokens = _admit(book, groups, rules, d, budget, not rules.is_chunked)
         if tokens == 0:
             break
         _begin(book, q, now_s)
@@ -268,17 +262,14 @@ def _schedule_prompts(book, groups, rules, d, batch, now_s):  # type: ignore[no-
             _add(book, groups, batch, d, q, tokens)
             budget -= tokens
     foreseen = _foreseen_blocks(book, groups, rules, d)
-    before, q = -1, groups.head_D[d]
+    q = groups.head_D[d]
     while q >= 0 and groups.num_D[d] < rules.max_num_seqs and budget > 0:
         after = book.next_Q[q]
-        if book.ready_s_Q[q] > now_s:
-            before, q = q, after
-            continue
         rest = min(book.output_Q[q] - book.generated_Q[q], MOST_FORESEEN)
         whole = (book.prompt_Q[q] + book.generated_Q[q] + rest) / rules.block_size
         if whole + foreseen > available(groups, rules, d) and groups.num_D[d] > 0:
             return
-        tokens = _admit(book, groups, rules, d, before, q, budget, not rules.is_chunked)
+        tokens = _admit(book, groups, rules, d, budget, not rules.is_chunked)
         if tokens == 0:
             return
         foreseen += rest / rules.block_size
@@ -342,7 +333,7 @@ def _accepted(rules, q, position):  # type: ignore[no-untyped-def]
 @njit(cache=True)
 def finish_request(book, groups, rules, d, q, now_s):  # type: ignore[no-untyped-def]
     """A request's last token is out: its blocks are free, or (of a prompt alone) kept until they are fetched."""
-    if rules.is_prefill_only:
+    if rules.is_prefill_only and book.generated_Q[q] < book.output_Q[q]:
         book.state_Q[q] = PREFILLED
     else:
         book.state_Q[q] = FINISHED

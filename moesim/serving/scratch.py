@@ -38,6 +38,7 @@ class Scratch(NamedTuple):
     experts_s_LR: Floats
     dispatch_s_LR: Floats
     combine_s_LR: Floats
+    segment_s_HD: Floats
     turn: Ints
 
 
@@ -50,11 +51,15 @@ def empty_scratch(prices: Prices, num_groups: int, most_tokens: int) -> Scratch:
     shape = (num_moe, num_expert_ranks)
     assert prices.exchange == NO_EXCHANGE or num_ranks == num_expert_ranks
     return Scratch(
-        np.zeros(int(prices.stage_L.max()) + 1), np.zeros((len(prices.token_s_ON) + 1, num_groups)),
-        np.zeros(num_ranks), np.zeros(num_ranks), np.ones(num_ranks), np.zeros(most_tokens, np.int32), np.arange(most_tokens), np.zeros(most_tokens, np.int64),
-        np.zeros(num_expert_ranks + 1, np.int64),
-        np.zeros((num_moe, num_expert_ranks * prices.slots_per_rank), np.int32),
-        np.zeros((num_moe, num_sent, num_sent), np.int32), np.zeros((num_moe, num_sent, num_nodes), np.int32),
-        np.zeros(shape, np.int32), np.zeros((4, *shape), np.int32), np.zeros(shape), np.zeros(shape), np.zeros(shape),
-        np.zeros(1, np.int64),
+        stage_s_S=np.zeros(int(prices.stage_L.max()) + 1),
+        op_s_OD=np.zeros((len(prices.token_s_ON) + 1, num_groups)),
+        clock_R=np.zeros(num_ranks), before_R=np.zeros(num_ranks), ones_R=np.ones(num_ranks),
+        source_B=np.zeros(most_tokens, np.int32), choice_B=np.arange(most_tokens),
+        order_B=np.zeros(most_tokens, np.int64), first_R=np.zeros(num_expert_ranks + 1, np.int64),
+        load_LP=np.zeros((num_moe, num_expert_ranks * prices.slots_per_rank), np.int32),
+        sent_LRR=np.zeros((num_moe, num_sent, num_sent), np.int32),
+        sent_LRN=np.zeros((num_moe, num_sent, num_nodes), np.int32),
+        stamp_LR=np.zeros(shape, np.int32), traffic_CLR=np.zeros((4, *shape), np.int32),
+        experts_s_LR=np.zeros(shape), dispatch_s_LR=np.zeros(shape), combine_s_LR=np.zeros(shape),
+        segment_s_HD=np.zeros((len(prices.memo.segment_HO), num_groups)), turn=np.zeros(1, np.int64),
     )  # fmt: skip

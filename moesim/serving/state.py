@@ -27,7 +27,7 @@ class Book(NamedTuple):
         prompt_Q, output_Q, priority_Q, block_start_Q, block_ids: as in `Requests`; priority is followed by arrival.
         prompt_row_Q, prompt_len_Q, answer_row_Q, answer_len_Q, begin_prompt_Q, begin_answer_Q: routing, as in
             `moesim.routing.streams.Streams`.
-        sent_s_Q, ready_s_Q: when its client sent it; before when no iteration can have it (its cache is on its way).
+        sent_s_Q: when its client sent it.
         state_Q, next_Q: one of the states above; the one behind it in its queue, -1 for none.
         computed_Q, generated_Q: tokens with keys and values on the device; tokens that came out.
         blocks_Q, held_Q: KV blocks, of which so many are those of its first `held_Q` prefix blocks.
@@ -49,7 +49,6 @@ class Book(NamedTuple):
     begin_prompt_Q: Ints
     begin_answer_Q: Ints
     sent_s_Q: Floats
-    ready_s_Q: Floats
     state_Q: NDArray[np.int8]
     next_Q: Ints
     computed_Q: Ints
@@ -79,7 +78,7 @@ def open_book(requests: Requests, routing: tuple[Ints, Ints, Ints, Ints, Ints, I
 
     return Book(
         requests.prompt_Q, requests.output_Q, requests.priority_Q, requests.block_start_Q, requests.block_ids,
-        *routing, never(), np.zeros(num), np.full(num, UNSENT, np.int8), np.full(num, -1, np.int64), ints(), ints(),
+        *routing, never(), np.full(num, UNSENT, np.int8), np.full(num, -1, np.int64), ints(), ints(),
         ints(), ints(), np.zeros(num, np.bool_), never(), never(), never(), never(), ints(), ints(), np.zeros(num),
         np.zeros(len(ITL_EDGES_S) - 1, np.int64),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from moesim.serving.prices import (
     SEND,
     SHARED,
 )
+from moesim.serving.remembered import remembered_step
 from moesim.serving.routed import price_routed
 from moesim.serving.work import PARTS
 
@@ -27,7 +28,7 @@ _ATTENTION, _ALLREDUCE, _ROUTER, _DENSE, _SHARED, _DISPATCH, _EXPERTS, _COMBINE,
 
 
 @njit(cache=True)
-def price_step(prices, work, scratch) -> float:  # type: ignore[no-untyped-def]
+def price_step(prices, work, scratch):  # type: ignore[no-untyped-def]
     """Seconds of one iteration, 0 where no group has a token; exposed seconds are added to `work.parts_P`.
 
     Layer by layer, on each rank: attention and its all-reduce; a dense network, or router, dispatch with shared experts
@@ -43,6 +44,8 @@ def price_step(prices, work, scratch) -> float:  # type: ignore[no-untyped-def]
     if work.tokens_D.sum() == 0:
         return 0.0
     price_groups(prices, work, scratch.op_s_OD)
+    if prices.memo.tokens_G.size:
+        return remembered_step(prices, work, scratch)
     if prices.place_LXE.shape[0]:
         price_routed(prices, work, scratch)
     return _walk(prices, work.parts_P, scratch)
@@ -96,7 +99,7 @@ def _exchange(clock_R, s_LR, layer, parts_P, part):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True)
-def _walk(prices, parts_P, scratch) -> float:  # type: ignore[no-untyped-def]
+def _walk(prices, parts_P, scratch):  # type: ignore[no-untyped-def]
     """Clocks of all ranks through all layers; exposed seconds as `moesim.program.walk.account` charges them."""
     clock_R, op_s_OD, tp, slowdown_R = scratch.clock_R, scratch.op_s_OD, prices.tp, prices.slowdown_R
     num_mixers, num_layers, num_ranks = prices.window_V.size, prices.mixer_L.size, clock_R.size
@@ -108,7 +111,8 @@ def _walk(prices, parts_P, scratch) -> float:  # type: ignore[no-untyped-def]
     clock_R[:] = 0.0
     stage_began = 0.0
     for layer in range(num_layers):
-        mixer, dense, moe, head = prices.mixer_L[layer], prices.dense_L[layer], prices.moe_L[layer], prices.head_L[layer]
+        mixer, dense, moe = prices.mixer_L[layer], prices.dense_L[layer], prices.moe_L[layer]
+        head = prices.head_L[layer]
         if mixer >= 0:
             _compute(clock_R, op_s_OD[mixer], tp, slowdown_R, parts_P, _ATTENTION)
             if tp > 1:
