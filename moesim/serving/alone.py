@@ -18,6 +18,7 @@ from moesim.serving.state import Book, Groups, Rules, open_book, open_groups, op
 from moesim.serving.work import empty_work
 
 Ints = NDArray[np.int64]
+FOREVER = np.iinfo(np.int64).max
 _WAITING_WEIGHT = 4
 
 
@@ -53,10 +54,9 @@ def serve_alone(
     scratch, group_Q = empty_scratch(prices, num_groups, most), np.zeros(num, np.int64)
 
     def run(now_s: float, until_s: float, stops: bool) -> float:
-        ended_s = advance(
-            book, groups, rules, group_Q, prices, work, scratch, timeline, now_s, until_s, stops
-        )  # fmt: skip
-        return float(ended_s)
+        return float(
+            advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s, until_s, FOREVER, stops)
+        )
 
     def send(q: int, at_s: float) -> None:
         book.sent_s_Q[q] = at_s
