@@ -50,6 +50,16 @@ def plane(s_AC, a, c, part_a, part_c):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def _mixed_s(prices, mixer, beside, a, c, part_a, part_c) -> float:  # type: ignore[no-untyped-def]
+    """What attention of decoding requests takes longer with so many tokens of prompts beside them."""
+    x = below(prices.chunk_X, beside)
+    part = min(_part(prices.chunk_X, x, beside), 1.0)
+    low = plane(prices.mixed_s_VXAC[mixer, x], a, c, part_a, part_c)
+    high = plane(prices.mixed_s_VXAC[mixer, x + 1], a, c, part_a, part_c)
+    return low + part * (high - low)
+
+
+@njit(cache=True)
 def price_groups(prices, work, op_s_OD):  # type: ignore[no-untyped-def]
     """Write the seconds of each operation in each group.
 
@@ -77,6 +87,9 @@ def price_groups(prices, work, op_s_OD):  # type: ignore[no-untyped-def]
                 c = below(context_C, context)
                 part_c = _part(context_C, c, context)
                 op_s_OD[mixer, group] += plane(decode_s_VAC[mixer], a, c, part_a, part_c)
+                if prices.mixed_s_VXAC.shape[0] and work.tokens_D[group] > decodes * (1 + prices.num_drafts):
+                    beside = work.tokens_D[group] - decodes * (1 + prices.num_drafts)
+                    op_s_OD[mixer, group] += _mixed_s(prices, mixer, beside, a, c, part_a, part_c)
     chunk_X, before_Y, prefill_s_VXY = prices.chunk_X, prices.before_Y, prices.prefill_s_VXY
     for chunk in range(work.num[0]):
         tokens, before = work.chunk_tokens_C[chunk], work.chunk_context_C[chunk]

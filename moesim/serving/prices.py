@@ -56,6 +56,8 @@ class Prices(NamedTuple):
         exchange_s: [dispatch's s per message inside a node, beyond; combine's inside, beyond; starting one].
         shares_PX: of each of `moesim.serving.work.PARTS`, the share that rests on each of `hardware.SOURCES`.
         memo: what stands for counting, see `moesim.serving.memo`; without points where tokens are counted.
+        mixed_s_VXAC: what attention takes beyond the sum of both where chunks of so many tokens together stand beside
+            decoding requests; no V where nothing is known of it.
     """
 
     tp: int
@@ -94,6 +96,7 @@ class Prices(NamedTuple):
     exchange_s: Floats
     shares_PX: Floats
     memo: Memo
+    mixed_s_VXAC: Floats = np.zeros((0, 2, 2, 2))
 
 
 class Memo(NamedTuple):
