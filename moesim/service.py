@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moesim.costs import memory
 from moesim.costs.calibration import Calibration
 from moesim.costs.measured import MeasuredTables
+from moesim.fleet import Fleet, Slo
 from moesim.hardware import Cluster
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.model import ModelSpec
@@ -155,83 +156,6 @@ class EngineConfig:
         return found + [mistake.partition(": ")[2] for mistake in in_layout]
 
 
-@dataclass(frozen=True)
-class Fleet:
-    """Instances and who gets which request.
-
-    Attributes:
-        num_instances: of the one kind; None makes as many as the machine holds.
-        num_prefill_instances, num_decode_instances: where prompts and answers are computed apart, instead.
-        router: a name of `ROUTERS`.
-        usd_per_device_hour: what a device costs; None takes what is assumed of its kind
-            (`moesim.serving.economics.PRICES`).
-    """
-
-    num_instances: int | None = None
-    num_prefill_instances: int = 0
-    num_decode_instances: int = 0
-    router: str = "least_loaded"
-    usd_per_device_hour: float | None = None
-
-    @property
-    def is_disaggregated(self) -> bool:
-        """Whether prompts and answers are computed apart."""
-        return bool(self.num_prefill_instances or self.num_decode_instances)
-
-    def mistakes(self, cluster: Cluster, engine: EngineConfig, decode_engine: EngineConfig | None) -> list[str]:
-        """Whether the machine has the devices, and the two kinds of instances come together."""
-        prefill, decode, num = self.num_prefill_instances, self.num_decode_instances, self.num_instances
-        if not self.is_disaggregated:
-            if decode_engine is not None:
-                return [
-                    "decode_engine: is of instances that decode alone; give fleet.num_decode_instances, or leave it"
-                ]
-            if num is not None and num < 1:
-                return [f"fleet.num_instances: must be at least 1, given {num}"]
-            needed, said = (num or 1) * engine.num_ranks, f"num_instances = {num or 1}"
-        else:
-            if min(prefill, decode) < 1:
-                return [
-                    f"fleet.num_prefill_instances: comes with num_decode_instances, both at least 1, given {prefill} and "
-                    f"{decode}"
-                ]
-            if num is not None:
-                return ["fleet.num_instances: prompts and answers are computed apart; leave it out"]
-            needed = prefill * engine.num_ranks + decode * (decode_engine or engine).num_ranks
-            said = f"num_prefill_instances = {prefill} and num_decode_instances = {decode}"
-        if needed > cluster.num_ranks:
-            return [
-                f"fleet: {said} need {needed} devices, the machine has {cluster.num_ranks}; use fewer or smaller ones"
-            ]
-        return []
-
-
-@dataclass(frozen=True)
-class Slo:
-    """What is promised; None where nothing is. Goodput counts the requests that keep all of it.
-
-    Attributes:
-        ttft_s, tpot_s, e2e_s: most seconds to the first token, for each one after it, and in all.
-        attainment: share of the requests that must keep it, for the maximum rate.
-    """
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    e2e_s: float | None = None
-    attainment: float = 0.9
-
-    def mistakes(self) -> list[str]:
-        """One sentence per number that cannot be."""
-        found = [
-            f"slo.{key}: must be above 0, given {value}"
-            for key in ("ttft_s", "tpot_s", "e2e_s")
-            if (value := getattr(self, key)) is not None and not value > 0
-        ]
-        if not 0 < self.attainment <= 1:
-            found.append(f"slo.attainment: must lie in 0..1, above 0, given {self.attainment}")
-        return found
-
-
 @dataclass(frozen=True, eq=False)
 class Service:
     """Everything that a serving run needs.
@@ -275,7 +199,8 @@ class Service:
             wanted = "give those tables as the profile" if self.calibration.needs_tables else "leave the profile out"
             found.append(f"calibration: fitted with kernels of {self.calibration.kernels!r}; {wanted}")
         if not found:
-            found = self.fleet.mistakes(self.cluster, self.engine, self.decode_engine)
+            decode_ranks = self.decode_engine.num_ranks if self.decode_engine else None
+            found = self.fleet.mistakes(self.cluster.num_ranks, self.engine.num_ranks, decode_ranks)
         return found or [text for name, engine in engines.items() for text in self._cache_mistakes(name, engine)]
 
     def _cache_mistakes(self, name: str, engine: EngineConfig) -> list[str]:
@@ -298,8 +223,8 @@ class Service:
         if is_too_long(self.requests.prompt_Q, output_Q, engine, tokens).all():
             shortest = int((self.requests.prompt_Q + output_Q).min())
             return [
-                f"requests: none fits: the shortest has {shortest} tokens, {name} holds {min(limit or tokens, tokens)}; "
-                "use shorter ones, a longer max_model_len, or more memory"
+                f"requests: none fits: the shortest has {shortest} tokens, {name} holds {min(limit or tokens, tokens)};"
+                " use shorter ones, a longer max_model_len, or more memory"
             ]
         return []
 

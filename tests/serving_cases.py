@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from conftest import small_cluster, small_model
 
+from moesim.fleet import Fleet, Slo
 from moesim.requests import Requests
 from moesim.routing.synthetic import zipf_trace
-from moesim.service import EngineConfig, Fleet, Service, Slo
+from moesim.service import EngineConfig, Service
 from moesim.serving.outcome import ITL_EDGES_S, Outcome
 from moesim.serving.work import PARTS
 

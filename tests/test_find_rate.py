@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_cases import queue, small_service
 
-from moesim.service import Slo
+from moesim.fleet import Slo
 from moesim.serving.find import find_rate
 from moesim.serving.metrics import slo_attainment
 from moesim.serving.runs import run_at_highest_rate, run_service

@@ -10,7 +10,7 @@ from serving_cases import queue, small_service
 
 from moesim import verbs
 from moesim.cli import cli
-from moesim.service import Slo
+from moesim.fleet import Slo
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_cases import queue, small_service
 
+from moesim.fleet import Fleet, Slo
 from moesim.requests import Requests
-from moesim.service import Fleet, Slo
 from moesim.serving.economics import POWER, compute_bound_s, economics_notes, energy_j, price_of
 from moesim.serving.metrics import (
     Window,

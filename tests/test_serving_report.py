@@ -17,11 +17,11 @@ from rich.console import Console
 from serving_cases import queue, small_service
 
 from moesim.cli.services import check_options, run_services
+from moesim.fleet import Fleet, Slo
 from moesim.report.request_table import COLUMNS, request_table, write_requests
 from moesim.report.serving_page import serving_answer, serving_page
 from moesim.report.serving_tables import serving_sections
 from moesim.report.tables import result_tables
-from moesim.service import Fleet, Slo
 from moesim.serving.metrics import ALL, Window, latencies
 from moesim.serving.runs import run_at_highest_rate, run_service
 

@@ -19,8 +19,9 @@ from moesim.files.requests.build import build_requests
 from moesim.files.requests.spec import RequestsSpec
 from moesim.files.scenarios import PARTS, beside_file, load_parts, merged, read_setups
 from moesim.files.structure import structure
+from moesim.fleet import Fleet, Slo
 from moesim.requests import Requests
-from moesim.service import EngineConfig, Fleet, Service, Slo
+from moesim.service import EngineConfig, Service
 
 _TABLES: dict[str, type] = {"engine": EngineConfig, "fleet": Fleet, "slo": Slo}
 _KNOWN = (*PARTS, *_TABLES, "decode_engine", "requests", "beside")

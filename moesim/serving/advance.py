@@ -110,8 +110,10 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
         stops: whether to come back as soon as a request has left.
 
     Returns:
-        When the last iteration ended, and whether there is nothing to do before something new comes.
+        When the last iteration ended, whether there is nothing to do before something new comes, and how many
+        iterations began.
     """
+    first_most = most
     while now_s < until_s and most > 0:
         free = -1
         for p in range(groups.size_P.size):
@@ -125,7 +127,7 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
                 continue
             first = free
         if first < 0:
-            return now_s, True
+            return now_s, True, first_most - most
         end_s = groups.finish_s_P[first]
         if free >= 0 and groups.stage_free_S[0] > now_s:
             end_s = min(end_s, groups.stage_free_S[0])
@@ -135,8 +137,8 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
             timeline.sums_WX[window, 3] += settle(book, groups, rules, group_Q, first, now_s)
             groups.finish_s_P[first] = math.inf
             if stops and groups.done[0] > 0:
-                return now_s, False
-    return now_s, False
+                return now_s, False, first_most - most
+    return now_s, False, first_most - most
 
 
 @njit(cache=True)

@@ -50,7 +50,9 @@ def serve_alone(
     groups = open_groups(rules, num_groups, num, len(requests.block_ids))
     most = num_groups * max(rules.max_num_batched_tokens, rules.max_num_seqs * rules.queries)
     slots = prices.slots_per_rank * (len(prices.base_R) if len(prices.place_LXE) else 1)
-    work = empty_work(num_groups, len(rules.window_V), num_groups * rules.max_num_seqs, most, len(prices.place_LXE), slots)
+    work = empty_work(
+        num_groups, len(rules.window_V), num_groups * rules.max_num_seqs, most, len(prices.place_LXE), slots
+    )
     scratch, group_Q = empty_scratch(prices, num_groups, most), np.zeros(num, np.int64)
 
     def run(now_s: float, until_s: float, stops: bool) -> float:

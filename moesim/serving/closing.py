@@ -30,18 +30,18 @@ def outcome_of(
     """
     parts_P = sum((instance.work.parts_P for instance in instances), np.zeros(len(PARTS)))
     rests_X = sum((instance.work.parts_P @ instance.prices.shares_PX for instance in instances), np.zeros(len(SOURCES)))
-    total, sums_X = rests_X.sum(), timeline.sums_WX.sum(axis=0)
-    left_Q = book.state_Q == DROPPED
+    total, sums_X = rests_X.sum() or 1.0, timeline.sums_WX.sum(axis=0)
+    never_Q = np.isnan(book.sent_s_Q)
     return Outcome(
-        arrival_s_Q=np.where(np.isnan(book.sent_s_Q), np.where(is_partial, np.nan, requests.arrival_s_Q), book.sent_s_Q),
+        arrival_s_Q=book.sent_s_Q if is_partial else np.where(never_Q, requests.arrival_s_Q, book.sent_s_Q),
         scheduled_s_Q=book.scheduled_s_Q, first_token_s_Q=book.first_s_Q, finish_s_Q=book.finish_s_Q,
         prompt_Q=book.prompt_Q, output_Q=book.output_Q, generated_Q=book.generated_Q, cached_Q=book.cached_Q,
         preempted_Q=book.preempted_Q, worst_itl_s_Q=book.worst_gap_s_Q, instance_Q=instance_Q,
-        group_Q=np.where(instance_Q < 0, -1, group_Q), dropped_Q=left_Q, topic_Q=requests.topic_Q,
+        group_Q=np.where(instance_Q < 0, -1, group_Q), dropped_Q=book.state_Q == DROPPED, topic_Q=requests.topic_Q,
         priority_Q=requests.priority_Q, itl_counts=book.itl_counts,
         timeline=_windows(timeline, instances, ups, seconds),
         parts_s=dict(zip(PARTS, parts_P.tolist(), strict=True)),
-        shares={f"{name}_fraction": float(x / total) if total else 0.0 for name, x in zip(SOURCES, rests_X, strict=True)},
+        shares={f"{name}_fraction": float(x / total) for name, x in zip(SOURCES, rests_X, strict=True)},
         busy_s=float(sums_X[SAMPLES.index("iteration_s")]),
         num_iterations=sum(instance.num_iterations for instance in instances),
         device_s=device_s, seconds=seconds, is_partial=is_partial, notes=tuple(notes),

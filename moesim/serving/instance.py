@@ -40,8 +40,9 @@ def rules_of(service: Service, engine: EngineConfig, is_prefill_only: bool = Fal
         engine.preemption_mode == "swap", is_prefill_only, engine.block_size, num_blocks, has_prefixes,
         requests.block_tokens if has_prefixes else 0,
         requests.block_tokens // engine.block_size if has_prefixes else 0,
-        int(engine.swap_space_gib * 2**30 // block_bytes), block_bytes / service.cluster.host_link.bytes_per_s, 1 + drafts,
-        np.full(drafts, constant_rate(engine.acceptance_length, drafts) if drafts else 0.0), engine.pipeline_parallel_size,
+        int(engine.swap_space_gib * 2**30 // block_bytes), block_bytes / service.cluster.host_link.bytes_per_s,
+        1 + drafts, np.full(drafts, constant_rate(engine.acceptance_length, drafts) if drafts else 0.0),
+        engine.pipeline_parallel_size,
         np.array([math.inf if mixer.window is None else mixer.window for mixer in mixers]),
         engine.routing == "memoised",
     )  # fmt: skip
@@ -77,6 +78,7 @@ class Instance:
     timeline: Timeline
     num_units: int
     clock_s: float = 0.0
+    num_iterations: int = 0
     is_up: bool = True
 
     def __post_init__(self) -> None:
@@ -99,11 +101,12 @@ class Instance:
 
     def run(self, now_s: float, until_s: float, stops: bool, most: int) -> tuple[float, bool]:
         """Run iterations that begin before `until_s`, at most so many; see `advance`."""
-        end_s, is_idle = advance(
+        end_s, is_idle, done = advance(
             self.book, self.groups, self.rules, self.group_Q, self.prices, self.work, self.scratch, self.timeline,
             max(now_s, self.clock_s), until_s, most, stops,
         )  # fmt: skip
         self.clock_s = end_s
+        self.num_iterations += done
         return float(end_s), bool(is_idle)
 
     def left(self) -> list[int]:
@@ -121,4 +124,3 @@ class Instance:
     def unfinished_D(self) -> Ints:
         """Requests of each group that are running or waiting."""
         return self.groups.num_D + self.groups.waiting_D
-

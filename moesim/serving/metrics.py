@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.service import Service, Slo
+from moesim.fleet import Slo
+from moesim.service import Service
 from moesim.serving.economics import energy_j, instance_seconds, price_of
 from moesim.serving.outcome import ITL_EDGES_S, Outcome
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.fleet import Slo
 from moesim.results import Result
-from moesim.service import Service, Slo
+from moesim.service import Service
 from moesim.serving.economics import economics_notes
 from moesim.serving.find import RateSearch
 from moesim.serving.metrics import ALL, Window, latencies, service_metrics

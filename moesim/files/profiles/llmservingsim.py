@@ -84,9 +84,7 @@ def read_layer_profile(folder: str | Path, tp: int = 1) -> LayerProfile:
         moe_NX, moe_s_N, _ = _rows(at, "moe", MOE, 1, mistakes)
     raise_all(str(folder), mistakes)
     engine = f"vLLM {meta.get('vllm_version', '?')}, CUDA {meta.get('cuda_version', '?')}"
-    return LayerProfile(
-        dense, heads, attention_NX, attention_s_N, moe_NX, moe_s_N, meta.get("gpu", "?"), engine, tp
-    )
+    return LayerProfile(dense, heads, attention_NX, attention_s_N, moe_NX, moe_s_N, meta.get("gpu", "?"), engine, tp)
 
 
 def _read_meta(path: Path, mistakes: list[str]) -> dict[str, str]:
