@@ -1,0 +1,95 @@
+"""A pool: instances of one kind, what a router sees of them, and who gets a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.policies.router import ROUTERS, Arrival, RouterView, expert_votes
+from moesim.requests import Requests
+from moesim.routing.streams import Streams, clusters
+from moesim.routing.trace import RoutingTrace
+from moesim.serving.advance import prefix_tokens, tokens_at
+from moesim.serving.instance import Instance
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_NEED_TOKENS = ("least_tokens", "kv_aware", "oracle_least_work")
+
+
+class Pool:
+    """Instances that share a router.
+
+    A router sees each instance as it was at the end of its last iteration, and what was sent to it since.
+
+    Args:
+        votes_CD: pairs that a prompt of each cluster of the trace is believed to have at each data-parallel group;
+            cluster_Q: of each request. Both None where no router asks.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        requests: Requests,
+        router: str,
+        random: np.random.Generator,
+        votes_CD: Floats | None = None,
+        cluster_Q: Ints | None = None,
+    ) -> None:
+        self.instances, self._requests, self._needs_tokens = instances, requests, router in _NEED_TOKENS
+        rules, shape = instances[0].rules, (len(instances), instances[0].engine.data_parallel_size)
+        self.view = RouterView.idle(*shape, rules.num_blocks * rules.block_size)
+        self.view.work_tokens_ID = np.zeros(shape, np.int64)
+        self.view.cached_tokens = self._cached_tokens
+        if votes_CD is not None and cluster_Q is not None:
+            self.view.votes = lambda q: np.broadcast_to(votes_CD[cluster_Q[q]], shape)
+        self._choose = ROUTERS[router]().start(self.view, random)
+
+    def pick(self, q: int) -> tuple[int, int]:
+        """Which instance of the pool, and which group of it, gets a request; some instance must be up."""
+        prompt_tokens = int(self._requests.prompt_Q[q])
+        place = self._choose(Arrival(q, prompt_tokens, int(self._requests.topic_Q[q])))
+        i, group = divmod(place, self.view.waiting_ID.shape[1])
+        self.view.waiting_ID[i, group] += 1
+        self.view.waiting_tokens_ID[i, group] += prompt_tokens
+        return i, group
+
+    def observe(self, i: int) -> None:
+        """See an instance as it is."""
+        instance, view = self.instances[i], self.view
+        groups = instance.groups
+        view.waiting_ID[i], view.running_ID[i] = groups.waiting_D, groups.num_D
+        if self._needs_tokens:
+            tokens_at(
+                instance.book, groups, instance.rules, view.waiting_tokens_ID[i], view.kv_tokens_ID[i],
+                view.work_tokens_ID[i],
+            )  # fmt: skip
+
+    def _cached_tokens(self, q: int) -> Ints:
+        found_ID = np.zeros(self.view.waiting_ID.shape, np.int64)
+        for i, instance in enumerate(self.instances):
+            if instance.rules.has_prefixes:
+                prefix_tokens(instance.book, instance.groups, instance.rules, q, found_ID[i])
+        return found_ID
+
+
+def cluster_votes(trace: RoutingTrace, streams: Streams, instance: Instance) -> tuple[Floats, Ints]:
+    """History for `ExpertAware`: pairs of a mean token of each cluster of the trace at each group, and each request's.
+
+    A group is where an expert's first copy lies, as the experts were placed at the start.
+    """
+    names, cluster_N = np.unique(trace.request_T), clusters(trace)
+    prices, num_groups = instance.prices, instance.engine.data_parallel_size
+    home_LE = (prices.place_LXE[:, 0] >> np.uint64(32)).astype(np.int64) // max(len(prices.base_R) // num_groups, 1)
+    cluster_T = cluster_N[np.searchsorted(names, trace.request_T)]
+    votes_CD = np.zeros((int(cluster_N.max()) + 1, num_groups))
+    for cluster in range(len(votes_CD)):
+        ids_TLK = trace.expert_ids_TLK[cluster_T == cluster]
+        load_LE = np.stack(
+            [np.bincount(ids_TLK[:, layer].ravel(), minlength=trace.num_experts) for layer in range(trace.num_layers)]
+        )
+        votes_CD[cluster] = expert_votes(load_LE / max(len(ids_TLK), 1), home_LE, num_groups)
+    return votes_CD, cluster_T[streams.prompt_row_Q]

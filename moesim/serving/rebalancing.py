@@ -1,0 +1,98 @@
+"""Experts of an instance placed anew, every so many iterations, by what they had to do lately.
+
+Source: vLLM's EPLB (`eplb_step_interval` iterations apart, by the load of the last `eplb_window_size` of them, the first
+time after a quarter of the interval); the load is then old by as long as the placement stays. All ranks wait while
+experts travel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.costs.compute import efficiency
+from moesim.layout import Placement
+from moesim.model import BYTES_PER_PARAM
+from moesim.network.routes import Fabric
+from moesim.network.sends import Sends, seconds
+from moesim.policies.placement import Contiguous, Eplb
+from moesim.service import Service
+from moesim.serving.instance import Instance
+from moesim.serving.memo import memoised
+from moesim.serving.pricing import replaced
+
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class Rebalancer:
+    """When experts of one instance move, and where to."""
+
+    service: Service
+    instance: Instance
+
+    def __post_init__(self) -> None:
+        service, engine = self.service, self.instance.engine
+        experts, ep = service.model.experts, engine.layout.experts.ep
+        self._shape = (len(service.model.moe_layers), experts.num_experts)
+        self._num_slots = experts.num_experts + engine.num_redundant_experts
+        self._per_node = min(service.cluster.devices_per_node, ep)
+        self.placement = Contiguous().place(self._num_slots, ep, self._per_node, np.zeros(self._shape))
+        self._fabric = Fabric(service.cluster)
+        self.moved = 0
+        self._plan(max(engine.eplb_step_interval // 4, 1))
+
+    def _plan(self, steps: int) -> None:
+        window, done = min(self.instance.engine.eplb_window_size, steps), self.instance.num_iterations
+        self._watch_at, self._move_at = done + steps - window, done + steps
+
+    def most(self) -> int:
+        """Iterations until something is to be done."""
+        done = self.instance.num_iterations
+        return (self._watch_at if done < self._watch_at else self._move_at) - done
+
+    def act(self) -> None:
+        """Do what is to be done after so many iterations."""
+        done, load_LP = self.instance.num_iterations, self.instance.work.load_LP
+        if done == self._watch_at:
+            load_LP[:] = 0
+        if done < self._move_at:
+            return
+        load_LE = np.zeros(self._shape)
+        for layer, expert_P in enumerate(self.placement.slot_expert_LP):
+            np.add.at(load_LE[layer], expert_P, load_LP[layer])
+        before = self.placement
+        self.placement = Eplb().place(self._num_slots, before.ep, self._per_node, load_LE)
+        self._put()
+        self.instance.groups.copy_s_D[:] += self._moving_s(before, self.placement)
+        self._plan(self.instance.engine.eplb_step_interval)
+
+    def _put(self) -> None:
+        instance = self.instance
+        engine, prices = instance.engine, instance.prices
+        instance.prices = replaced(prices, self.placement, self.service.model, engine.layout)
+        if instance.rules.is_memoised:
+            most = engine.data_parallel_size * engine.max_num_batched_tokens
+            instance.prices = memoised(instance.prices, self.service.stream("memo"), most)
+
+    def _moving_s(self, before: Placement, after: Placement) -> float:
+        """Seconds until every rank has the experts that are new to it, each from the nearest rank that had it."""
+        model, ep = self.service.model, before.ep
+        ffn, cluster = model.experts, self.service.cluster
+        size_E = np.array([ffn.expert_params(model.hidden_size, width) for width in ffn.expert_widths])
+        bytes_RR, per_node = np.zeros((ep, ep)), cluster.devices_per_node
+        for old_P, new_P in zip(before.slot_expert_LP, after.slot_expert_LP, strict=True):
+            old_RS, new_RS = old_P.reshape(ep, -1), new_P.reshape(ep, -1)
+            holders: dict[int, list[int]] = {}
+            for rank in range(ep):
+                for expert in old_RS[rank].tolist():
+                    holders.setdefault(expert, []).append(rank)
+            for rank in range(ep):
+                for expert in set(new_RS[rank].tolist()) - set(old_RS[rank].tolist()):
+                    near = [r for r in holders[expert] if r // per_node == rank // per_node] or holders[expert]
+                    bytes_RR[near[rank % len(near)], rank] += size_E[expert]
+                    self.moved += 1
+        sends = Sends.of_matrix(bytes_RR * BYTES_PER_PARAM[model.dtypes.experts])
+        return seconds([sends], self._fabric)[0] / efficiency(cluster.device, "network", "value")
