@@ -100,7 +100,7 @@ def _first_done(groups):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
-    """Run iterations that begin before `until_s`.
+    """Play an instance up to a time: iterations that begin before it begin, those that are over by then are settled.
 
     With pipeline stages, as many batches are on the way at once: one enters when the first stage is free, and a stage
     takes a batch when it has it from the one before and is done with its last one.
@@ -110,8 +110,8 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
         stops: whether to come back as soon as a request has left.
 
     Returns:
-        When the last iteration ended, whether there is nothing to do before something new comes, and how many
-        iterations began.
+        The time that was come to (where nothing is to be done and `until_s` is infinite, since when that is so); when
+        something happens next, infinity if nothing does before something new comes; how many iterations began.
     """
     first_most = most
     while now_s < until_s and most > 0:
@@ -126,19 +126,24 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
             if groups.size_P.size > 1:
                 continue
             first = free
-        if first < 0:
-            return now_s, True, first_most - most
-        end_s = groups.finish_s_P[first]
-        if free >= 0 and groups.stage_free_S[0] > now_s:
-            end_s = min(end_s, groups.stage_free_S[0])
-        window = _note(timeline, groups, rules, now_s, end_s)
-        now_s = end_s
+        next_s = math.inf
+        if first >= 0:
+            next_s = groups.finish_s_P[first]
+            if free >= 0 and groups.stage_free_S[0] > now_s:
+                next_s = min(next_s, groups.stage_free_S[0])
+        if next_s > until_s or next_s == math.inf:
+            if until_s < math.inf:
+                _note(timeline, groups, rules, now_s, until_s)
+                now_s = until_s
+            return now_s, next_s, first_most - most
+        window = _note(timeline, groups, rules, now_s, next_s)
+        now_s = next_s
         if groups.finish_s_P[first] <= now_s:
             timeline.sums_WX[window, 3] += settle(book, groups, rules, group_Q, first, now_s)
             groups.finish_s_P[first] = math.inf
             if stops and groups.done[0] > 0:
-                return now_s, False, first_most - most
-    return now_s, False, first_most - most
+                break
+    return now_s, now_s, first_most - most
 
 
 @njit(cache=True)
@@ -160,20 +165,6 @@ def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch,
     timeline.sums_WX[window, 4] += work.imbalance[0] - before[0]
     timeline.sums_WX[window, 5] += work.imbalance[1] - before[1]
     timeline.sums_WX[window, 6] += scratch.stage_s_S.sum() / scratch.stage_s_S.size
-
-
-@njit(cache=True)
-def note_waiting(timeline, start_s, end_s):  # type: ignore[no-untyped-def]
-    """A request that came while an iteration was on its way waits until its end."""
-    width_s = timeline.width_s[0]
-    at_s = start_s
-    while at_s < end_s:
-        window = min(int(at_s / width_s), WINDOWS - 1)
-        until_s = min(end_s, (window + 1) * width_s)
-        if until_s <= at_s:
-            until_s = end_s
-        timeline.sums_WX[window, 1] += until_s - at_s
-        at_s = until_s
 
 
 @njit(cache=True)
