@@ -63,13 +63,8 @@ def _schedule(book, groups, rules, batch, now_s):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True)
-def _note(timeline, groups, rules, start_s, end_s):  # type: ignore[no-untyped-def]
-    """Add what an instance holds, from one time to another, to the windows between them."""
-    running, waiting, used = 0.0, 0.0, 0.0
-    for d in range(groups.num_D.size):
-        running += groups.num_D[d]
-        waiting += groups.waiting_D[d]
-        used += rules.num_blocks - groups.free_D[d] - groups.idle_D[d] * rules.unit_blocks
+def note_held(timeline, running, waiting, kv_tokens, start_s, end_s):  # type: ignore[no-untyped-def]
+    """Add so many running and waiting requests, and tokens held, from one time to another; the window of the end."""
     while end_s >= timeline.width_s[0] * WINDOWS:
         for w in range(WINDOWS // 2):
             timeline.sums_WX[w] = timeline.sums_WX[2 * w] + timeline.sums_WX[2 * w + 1]
@@ -83,9 +78,20 @@ def _note(timeline, groups, rules, start_s, end_s):  # type: ignore[no-untyped-d
             window, until_s = window + 1, min(end_s, (window + 2) * width_s)
         timeline.sums_WX[window, 0] += running * (until_s - at_s)
         timeline.sums_WX[window, 1] += waiting * (until_s - at_s)
-        timeline.sums_WX[window, 2] += used * rules.block_size * (until_s - at_s)
+        timeline.sums_WX[window, 2] += kv_tokens * (until_s - at_s)
         at_s = until_s
     return int(end_s / width_s)
+
+
+@njit(cache=True)
+def _note(timeline, groups, rules, start_s, end_s):  # type: ignore[no-untyped-def]
+    """Add what an instance holds, from one time to another, to the windows between them."""
+    running, waiting, used = 0.0, 0.0, 0.0
+    for d in range(groups.num_D.size):
+        running += groups.num_D[d]
+        waiting += groups.waiting_D[d]
+        used += rules.num_blocks - groups.free_D[d] - groups.idle_D[d] * rules.unit_blocks
+    return note_held(timeline, running, waiting, used * rules.block_size, start_s, end_s)
 
 
 @njit(cache=True)

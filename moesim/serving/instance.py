@@ -15,7 +15,7 @@ from moesim.service import EngineConfig, Service, kv_tokens
 from moesim.serving.advance import advance
 from moesim.serving.blocks import release
 from moesim.serving.memo import memoised
-from moesim.serving.prices import Prices
+from moesim.serving.prices import NO_EXCHANGE, Prices
 from moesim.serving.pricing import build_prices
 from moesim.serving.schedule import enqueue
 from moesim.serving.scratch import empty_scratch
@@ -84,14 +84,13 @@ class Instance:
     num_iterations: int = 0
 
     def __post_init__(self) -> None:
-        engine, rules, prices = self.engine, self.rules, self.prices
-        dp = engine.data_parallel_size
+        rules, prices, dp = self.rules, self.prices, self.engine.data_parallel_size
         self.groups = self._open_groups()
         most = dp * max(rules.max_num_batched_tokens, rules.max_num_seqs * rules.queries)
-        num_slots = prices.params_LRS.shape[2] * (dp * engine.tensor_parallel_size if len(prices.base_R) > dp else 1)
+        num_slots = prices.slots_per_rank * (1 if prices.exchange == NO_EXCHANGE else len(prices.base_R))
         self.work = empty_work(
             dp, len(rules.window_V), dp * rules.max_num_seqs, 1 if rules.is_memoised else most,
-            len(prices.params_LRS), num_slots,
+            len(prices.place_LXE), num_slots,
         )  # fmt: skip
         self.scratch = empty_scratch(prices, dp, 1 if rules.is_memoised else most)
 

@@ -20,6 +20,7 @@ import simpy
 from moesim.costs import memory
 from moesim.routing.streams import Streams, streams
 from moesim.service import EngineConfig, Service, is_too_long, kv_tokens
+from moesim.serving.advance import note_held
 from moesim.serving.closing import outcome_of
 from moesim.serving.instance import MOST, Instance, prices_of, rules_of
 from moesim.serving.outcome import Outcome
@@ -82,7 +83,7 @@ class ServiceRun:
         moving = [i for i in self.instances if i.engine.enable_eplb and service.model.moe_layers]
         self._rebalancers = {instance.number: Rebalancer(service, instance) for instance in moving}
         self.num_left, self._unsent, self._told_s = num, iter(range(num)), 0.0
-        self._backlog: list[int] = []
+        self._backlog: list[tuple[int, float]] = []
         self._watched: dict[int, simpy.Process] = {}
         self.transfers = Transfers(self) if self.decode else None
         self._changes = Changes(self)
@@ -158,7 +159,7 @@ class ServiceRun:
     def route(self, q: int) -> None:
         """Give a request to an instance, or hold it back until one is up."""
         if not self.prefill.view.up_I.any():
-            self._backlog.append(q)
+            self._backlog.append((q, self.env.now))
             return
         self.catch_up(self.prefill)
         self.enqueue(q, *self.prefill.pick(q))
@@ -177,12 +178,17 @@ class ServiceRun:
     def reopen(self) -> None:
         """An instance is up again: it gets what was held back."""
         backlog, self._backlog = self._backlog, []
-        for q in backlog:
+        for q, since_s in backlog:
+            self.note_waiting(since_s)
             self.route(q)
         if self.transfers:
             self.transfers.reopen()
 
     # Requests are served
+
+    def note_waiting(self, since_s: float) -> None:
+        """A request was with nobody, from a time until now."""
+        note_held(self._timeline, 0.0, 1.0, 0.0, since_s, self.env.now)
 
     def catch_up(self, pool: Pool) -> None:
         """Play the instances of a pool, where that is not done by a process of their own, up to now."""

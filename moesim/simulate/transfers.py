@@ -41,6 +41,7 @@ class Transfers:
         self._links = KvLinks(self._port_bytes_per_s, self._port_bytes_per_s)
         self._by_number: dict[int, tuple[int, Instance, int, Instance, int]] = {}
         self._number_of: dict[int, int] = {}
+        self._since_s: dict[int, float] = {}
         self._stranded: list[tuple[int, Instance]] = []
         self._process = run.env.process(self._carry())
 
@@ -55,6 +56,7 @@ class Transfers:
         is_new: whether the prompt has been computed just now, so that most layers may be there already.
         """
         run, now_s = self._run, self._env.now
+        self._since_s.setdefault(q, now_s)
         if not self._decode.view.up_I.any():
             self._stranded.append((q, source))
             return
@@ -76,6 +78,8 @@ class Transfers:
 
     def lose(self, q: int) -> None:
         """Where a cache comes from is down: what has arrived of it is of no use."""
+        if q in self._since_s:
+            self._run.note_waiting(self._since_s.pop(q))
         number = self._number_of.pop(q, None)
         if number is not None:
             del self._by_number[number]
@@ -113,6 +117,7 @@ class Transfers:
         if not run.is_up(target):
             self.start(q, source, is_new=False)
             return
+        run.note_waiting(self._since_s.pop(q))
         source.forget(q, source_group, self._env.now)
         run.rouse(source)
         run.enqueue(q, target, group)
