@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from numba import njit
 
 from moesim.serving.blocks import available, cached_units, num_blocks, publish, release, share, take
@@ -28,9 +29,9 @@ def enqueue(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
     """Put a request at its place in a group's queue: the last, or by priority, then by arrival."""
     book.state_Q[q] = WAITING
     groups.waiting_D[d] += 1
-    before, after = groups.tail_D[d], -1
+    before, after = groups.tail_D[d], np.int64(-1)
     if rules.by_priority:
-        before, after = -1, groups.head_D[d]
+        before, after = np.int64(-1), groups.head_D[d]
         while after >= 0 and (book.priority_Q[after], after) < (book.priority_Q[q], q):
             before, after = after, book.next_Q[after]
     _insert(book, groups, d, before, q, after)
@@ -55,7 +56,7 @@ def _return(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
         return
     book.state_Q[q] = WAITING
     groups.waiting_D[d] += 1
-    _insert(book, groups, d, -1, q, groups.head_D[d])
+    _insert(book, groups, d, np.int64(-1), q, groups.head_D[d])
 
 
 @njit(cache=True)
@@ -205,7 +206,7 @@ def _begin(book, q, now_s):  # type: ignore[no-untyped-def]
 @njit(cache=True)
 def schedule_vllm(book, groups, rules, d, batch, now_s):  # type: ignore[no-untyped-def]
     """Running requests first, then waiting ones, all under one budget of tokens."""
-    budget, preempted, i = rules.max_num_batched_tokens, False, 0
+    budget, preempted, i = rules.max_num_batched_tokens, False, np.int64(0)
     most = (groups.num_D[d] + rules.num_stages - 1) // rules.num_stages
     while i < groups.num_D[d] and budget > 0 and most > 0:
         q = groups.running_DM[d, i]
@@ -291,7 +292,7 @@ def _retract(book, groups, rules, d):  # type: ignore[no-untyped-def]
         if need <= available(groups, rules, d):
             return
         groups.ratio_D[d] = RATIO_FIRST
-        worst = 0
+        worst = np.int64(0)
         for i in range(1, groups.num_D[d]):
             q, w = groups.running_DM[d, i], groups.running_DM[d, worst]
             if (book.generated_Q[q], -book.prompt_Q[q]) < (book.generated_Q[w], -book.prompt_Q[w]):
