@@ -17,7 +17,8 @@ def constant(service, engine, bound):
     """Prices at which a token of an iteration takes `TOKEN_S`, whatever it is."""
     prices = prices_of(service, engine, bound)
     free = {
-        name: np.zeros_like(getattr(prices, name)) for name in ("token_s_ON", "head_s_N", "decode_s_VAC", "prefill_s_VXY")
+        name: np.zeros_like(getattr(prices, name))
+        for name in ("token_s_ON", "head_s_N", "decode_s_VAC", "prefill_s_VXY")
     }
     free["token_s_ON"][0] = TOKEN_S * prices.grid_N / (prices.mixer_L == 0).sum()
     return prices._replace(host_s=0.0, place_LXE=prices.place_LXE[:0], moe_L=prices.moe_L * 0 - 1, **free)

@@ -9,9 +9,12 @@ which plays up to the next event of anybody, and sleeps until a request leaves.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -64,7 +67,10 @@ class ServiceRun:
         book: of all requests.
         instance_Q: who has (or had last) each request, -1 for nobody.
         num_left: requests that are neither answered nor refused.
+        is_stopping: whether Ctrl-C was heard.
     """
+
+    is_stopping = False
 
     def __init__(self, service: Service, bound: str, tell: Tell, pricing: Pricing) -> None:
         self.service, self.requests, self._tell = service, service.requests, tell
@@ -97,11 +103,12 @@ class ServiceRun:
                     self._watched[instance.number] = self.env.process(self._watch(instance))
         self.env.process(self._clients() if self.requests.concurrency else self._arrivals())
         is_partial, notes = False, list[str]()
-        try:
-            self.env.run()
-            self._finish()
-        except KeyboardInterrupt:
-            is_partial = True
+        with _interrupts_wait(self):
+            try:
+                self.env.run()
+                self._finish()
+            except KeyboardInterrupt:
+                is_partial = True
         if self._backlog and not is_partial:
             notes.append(f"no instance came back for {len(self._backlog)} requests; they were never answered")
         return self._close(is_partial, notes)
@@ -152,6 +159,7 @@ class ServiceRun:
         self._send_next()
 
     def _send(self, q: int) -> None:
+        self._look_up(self.env.now)
         self.book.sent_s_Q[q] = self.env.now
         if self.book.state_Q[q] != DROPPED:
             self.route(q)
@@ -212,12 +220,18 @@ class ServiceRun:
             instance.run(until_s, stops, min(rebalancer.most(), MOST) if rebalancer else MOST)
             if rebalancer:
                 rebalancer.act()
-            if time.monotonic() - self._told_s > TELL_EVERY_S:
-                self._told_s = time.monotonic()
-                self._tell(len(self.requests) - self.num_left, instance.clock_s)
+            self._look_up(instance.clock_s)
             if most is not None or (stops and instance.groups.done[0]):
                 break
         self.pool_of(instance).see(instance)
+
+    def _look_up(self, now_s: float) -> None:
+        """Say how far it is, and hear whether to stop."""
+        if time.monotonic() - self._told_s > TELL_EVERY_S:
+            self._told_s = time.monotonic()
+            self._tell(len(self.requests) - self.num_left, now_s)
+        if self.is_stopping:
+            raise KeyboardInterrupt
 
     def _watch(self, instance: Instance) -> Process:
         """Serve where others wait for what leaves."""
@@ -258,11 +272,21 @@ class ServiceRun:
 
     # The run ends
 
+    def _wait_until(self, seconds: float) -> None:
+        """Some were not answered: they are there until the end."""
+        for instance in self.instances:
+            if instance.clock_s < seconds:
+                instance.run(seconds)
+        since = [since_s for _, since_s in self._backlog] + (self.transfers.since() if self.transfers else [])
+        for since_s in since:
+            note_held(self._timeline, 0.0, 1.0, 0.0, min(since_s, seconds), seconds)
+
     def _close(self, is_partial: bool, notes: list[str]) -> Outcome:
         book, fleet = self.book, self.service.fleet
         seconds = float(np.nanmax(book.finish_s_Q, initial=0.0, where=np.isfinite(book.finish_s_Q)))
-        if is_partial:
+        if self.num_left:
             seconds = max([self.env.now, seconds, *(instance.clock_s for instance in self.instances)])
+            self._wait_until(seconds)
         moved = sum(rebalancer.moved for rebalancer in self._rebalancers.values())
         if moved:
             notes.append(f"{moved} experts moved to other ranks, while their instance waited")
@@ -293,6 +317,26 @@ class _Maker:
         if router == "expert_aware" and service.model.moe_layers:
             votes_CD, cluster_Q = cluster_votes(service.trace, run._streams, instances[0])
         return Pool(instances, run.requests, router, service.stream(f"router {first}"), votes_CD, cluster_Q)
+
+
+@contextmanager
+def _interrupts_wait(run: ServiceRun) -> Iterator[None]:
+    """Ctrl-C is heard between compiled calls, when all is in step; a second one at once."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield
+        return
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if run.is_stopping:
+            raise KeyboardInterrupt
+        run.is_stopping = True
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _streams(service: Service) -> Streams:

@@ -86,6 +86,10 @@ class Transfers:
             self._links.cancel(self._env.now, number)
         self._stranded = [pair for pair in self._stranded if pair[0] != q]
 
+    def since(self) -> list[float]:
+        """From when on each cache that has not arrived has been on its way."""
+        return list(self._since_s.values())
+
     def reopen(self) -> None:
         """An instance is up again."""
         stranded, self._stranded = self._stranded, []
