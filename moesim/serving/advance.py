@@ -7,7 +7,9 @@ import math
 from numba import njit
 
 from moesim.serving.blocks import cached_units
-from moesim.serving.schedule import schedule_sglang, schedule_vllm, settle
+from moesim.serving.schedule import schedule_vllm
+from moesim.serving.settle import settle
+from moesim.serving.sglang import schedule_sglang
 from moesim.serving.state import WINDOWS
 from moesim.serving.step import price_step
 
@@ -51,15 +53,26 @@ def _fill(book, groups, rules, group_Q, batch, work):  # type: ignore[no-untyped
 
 @njit(cache=True)
 def _schedule(book, groups, rules, batch, now_s):  # type: ignore[no-untyped-def]
+    """Fill a batch; a group that only sent requests back tries again. Whether anything is in it."""
     groups.size_P[batch] = 0
     for d in range(groups.num_D.size):
-        if groups.num_D[d] == 0 and groups.waiting_D[d] == 0:
-            continue
-        if rules.is_sglang:
-            schedule_sglang(book, groups, rules, d, batch, now_s)
-        else:
-            schedule_vllm(book, groups, rules, d, batch, now_s)
+        size, again = groups.size_P[batch], groups.num_D[d] > 0 or groups.waiting_D[d] > 0
+        while again and groups.size_P[batch] == size:
+            if rules.is_sglang:
+                again = schedule_sglang(book, groups, rules, d, batch, now_s)
+            else:
+                again = schedule_vllm(book, groups, rules, d, batch, now_s)
     return groups.size_P[batch] > 0
+
+
+@njit(cache=True)
+def _reach(timeline, at_s):  # type: ignore[no-untyped-def]
+    """Make windows so long that they reach a time."""
+    while at_s >= timeline.width_s[0] * WINDOWS:
+        for w in range(WINDOWS // 2):
+            timeline.sums_WX[w] = timeline.sums_WX[2 * w] + timeline.sums_WX[2 * w + 1]
+        timeline.sums_WX[WINDOWS // 2 :] = 0.0
+        timeline.width_s[0] *= 2
 
 
 @njit(cache=True)
@@ -70,11 +83,7 @@ def _note(timeline, groups, rules, start_s, end_s):  # type: ignore[no-untyped-d
         running += groups.num_D[d]
         waiting += groups.waiting_D[d]
         used += rules.num_blocks - groups.free_D[d] - groups.idle_D[d] * rules.unit_blocks
-    while end_s >= timeline.width_s[0] * WINDOWS:
-        for w in range(WINDOWS // 2):
-            timeline.sums_WX[w] = timeline.sums_WX[2 * w] + timeline.sums_WX[2 * w + 1]
-        timeline.sums_WX[WINDOWS // 2 :] = 0.0
-        timeline.width_s[0] *= 2
+    _reach(timeline, end_s)
     at_s, width_s = start_s, timeline.width_s[0]
     while at_s < end_s:
         window = int(at_s / width_s)
@@ -129,8 +138,8 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
         if first < 0:
             return now_s, True, first_most - most
         end_s = groups.finish_s_P[first]
-        if free >= 0 and groups.stage_free_S[0] > now_s:
-            end_s = min(end_s, groups.stage_free_S[0])
+        if free >= 0:  # the first stage takes a batch as soon as it is free, and somebody comes
+            end_s = min(end_s, groups.stage_free_S[0] if groups.stage_free_S[0] > now_s else until_s)
         window = _note(timeline, groups, rules, now_s, end_s)
         now_s = end_s
         if groups.finish_s_P[first] <= now_s:
@@ -156,7 +165,8 @@ def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch,
         at_s = max(at_s, groups.stage_free_S[s]) + scratch.stage_s_S[s]
         groups.stage_free_S[s] = at_s
     groups.finish_s_P[batch] = at_s
-    window = min(int(now_s / timeline.width_s[0]), WINDOWS - 1)
+    _reach(timeline, now_s)
+    window = int(now_s / timeline.width_s[0])
     timeline.sums_WX[window, 4] += work.imbalance[0] - before[0]
     timeline.sums_WX[window, 5] += work.imbalance[1] - before[1]
     timeline.sums_WX[window, 6] += scratch.stage_s_S.sum() / scratch.stage_s_S.size
@@ -165,10 +175,11 @@ def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch,
 @njit(cache=True)
 def note_waiting(timeline, start_s, end_s):  # type: ignore[no-untyped-def]
     """A request that came while an iteration was on its way waits until its end."""
+    _reach(timeline, end_s)
     width_s = timeline.width_s[0]
     at_s = start_s
     while at_s < end_s:
-        window = min(int(at_s / width_s), WINDOWS - 1)
+        window = int(at_s / width_s)
         until_s = min(end_s, (window + 1) * width_s)
         if until_s <= at_s:
             until_s = end_s
