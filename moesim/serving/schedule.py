@@ -158,7 +158,8 @@ def admit(book, groups, rules, d, budget, is_whole):  # type: ignore[no-untyped-
     groups.copy_s_D[d] += absent * rules.unit_blocks * rules.block_copy_s
     if book.computed_Q[q] == 0:
         book.computed_Q[q] = have
-        book.cached_Q[q] = max(book.cached_Q[q], have)
+        if not book.scheduled_s_Q[q] >= 0:
+            book.cached_Q[q] = have
     if book.is_swapped_Q[q]:
         blocks = num_blocks(book.computed_Q[q], rules.block_size)
         groups.swapped_D[d] -= blocks
