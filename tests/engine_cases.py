@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from moesim.requests import Requests
+from moesim.routing.streams import Streams
 from moesim.service import EngineConfig
 from moesim.serving.instance import Instance
 from moesim.serving.prices import NO_EXCHANGE, NO_HEAD, NUM_OPS, Prices, no_memo
@@ -62,11 +63,11 @@ def requests_of(*rows, priority=None, blocks=None, block_tokens=0) -> Requests:
 class Played:
     """An instance and its requests; `check` is called with it after every iteration that began."""
 
-    def __init__(self, requests, rules=None, prices=None, dp=1, check=None, group_Q=None, open_=None):
+    def __init__(self, requests, rules=None, prices=None, dp=1, check=None, group_Q=None, open_=None, most=1):
         rules = rules or rules_of()
         self.requests, self.rules, self.tokens = requests, rules, []
         zero_Q, one_Q = np.zeros(len(requests), np.int64), np.ones(len(requests), np.int64)
-        self.book = open_book(requests, (zero_Q, one_Q, zero_Q, one_Q, zero_Q, zero_Q))
+        self.book = open_book(requests, Streams(zero_Q, one_Q, zero_Q, one_Q, zero_Q, zero_Q))
         self.timeline = open_timeline()
         engine = EngineConfig(data_parallel_size=dp, pipeline_parallel_size=rules.num_stages)
         num_units = int(requests.block_ids.max(initial=-1)) + 1
@@ -76,24 +77,24 @@ class Played:
         )
         if open_:
             open_(self.instance)
-        self._check, group_Q = check, np.arange(len(requests)) % dp if group_Q is None else group_Q
-        now_s = 0.0
+        self._check, self._most, group_Q = check, most, np.arange(len(requests)) % dp if group_Q is None else group_Q
         for q, at_s in enumerate(requests.arrival_s_Q.tolist()):
-            now_s = max(self._until(now_s, at_s), at_s)
+            self.until(at_s)
             self.book.sent_s_Q[q] = at_s
             self.instance.send(q, int(group_Q[q]), at_s)
-        self._until(now_s, math.inf)
+        self.until(math.inf)
 
-    def _until(self, now_s, until_s):
-        is_idle = False
-        while now_s < until_s and not is_idle:
-            began = self.instance.num_iterations
-            now_s, is_idle = self.instance.run(now_s, until_s, False, 1)
-            if self.instance.num_iterations > began:
-                self.tokens.append(int(self.instance.work.tokens_D.sum()))
+    def until(self, until_s):
+        instance = self.instance
+        while instance.clock_s < until_s:
+            began = instance.num_iterations
+            instance.run(until_s, most=self._most)
+            if instance.num_iterations > began:
+                self.tokens.append(int(instance.work.tokens_D.sum()))
             if self._check:
                 self._check(self)
-        return now_s
+            if instance.next_s == math.inf:
+                break
 
     @property
     def first_ms(self):

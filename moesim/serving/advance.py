@@ -66,13 +66,24 @@ def _schedule(book, groups, rules, batch, now_s):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True)
-def _reach(timeline, at_s):  # type: ignore[no-untyped-def]
-    """Make windows so long that they reach a time."""
-    while at_s >= timeline.width_s[0] * WINDOWS:
+def note_held(timeline, running, waiting, kv_tokens, start_s, end_s):  # type: ignore[no-untyped-def]
+    """Add so many running and waiting requests, and tokens held, from one time to another; the window of the end."""
+    while end_s >= timeline.width_s[0] * WINDOWS:
         for w in range(WINDOWS // 2):
             timeline.sums_WX[w] = timeline.sums_WX[2 * w] + timeline.sums_WX[2 * w + 1]
         timeline.sums_WX[WINDOWS // 2 :] = 0.0
         timeline.width_s[0] *= 2
+    at_s, width_s = start_s, timeline.width_s[0]
+    while at_s < end_s:
+        window = int(at_s / width_s)
+        until_s = min(end_s, (window + 1) * width_s)
+        if until_s <= at_s:  # rounding
+            window, until_s = window + 1, min(end_s, (window + 2) * width_s)
+        timeline.sums_WX[window, 0] += running * (until_s - at_s)
+        timeline.sums_WX[window, 1] += waiting * (until_s - at_s)
+        timeline.sums_WX[window, 2] += kv_tokens * (until_s - at_s)
+        at_s = until_s
+    return int(end_s / width_s)
 
 
 @njit(cache=True)
@@ -83,18 +94,7 @@ def _note(timeline, groups, rules, start_s, end_s):  # type: ignore[no-untyped-d
         running += groups.num_D[d]
         waiting += groups.waiting_D[d]
         used += rules.num_blocks - groups.free_D[d] - groups.idle_D[d] * rules.unit_blocks
-    _reach(timeline, end_s)
-    at_s, width_s = start_s, timeline.width_s[0]
-    while at_s < end_s:
-        window = int(at_s / width_s)
-        until_s = min(end_s, (window + 1) * width_s)
-        if until_s <= at_s:  # rounding
-            window, until_s = window + 1, min(end_s, (window + 2) * width_s)
-        timeline.sums_WX[window, 0] += running * (until_s - at_s)
-        timeline.sums_WX[window, 1] += waiting * (until_s - at_s)
-        timeline.sums_WX[window, 2] += used * rules.block_size * (until_s - at_s)
-        at_s = until_s
-    return int(end_s / width_s)
+    return note_held(timeline, running, waiting, used * rules.block_size, start_s, end_s)
 
 
 @njit(cache=True)
@@ -109,7 +109,7 @@ def _first_done(groups):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
-    """Run iterations that begin before `until_s`.
+    """Play an instance up to a time: iterations that begin before it begin, those that are over by then are settled.
 
     With pipeline stages, as many batches are on the way at once: one enters when the first stage is free, and a stage
     takes a batch when it has it from the one before and is done with its last one.
@@ -119,8 +119,8 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
         stops: whether to come back as soon as a request has left.
 
     Returns:
-        When the last iteration ended, whether there is nothing to do before something new comes, and how many
-        iterations began.
+        The time that was come to (where nothing is to be done and `until_s` is infinite, since when that is so); when
+        something happens next, infinity if nothing does before something new comes; how many iterations began.
     """
     first_most = most
     while now_s < until_s and most > 0:
@@ -135,19 +135,24 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
             if groups.size_P.size > 1:
                 continue
             first = free
-        if first < 0:
-            return now_s, True, first_most - most
-        end_s = groups.finish_s_P[first]
-        if free >= 0:  # the first stage takes a batch as soon as it is free, and somebody comes
-            end_s = min(end_s, groups.stage_free_S[0] if groups.stage_free_S[0] > now_s else until_s)
-        window = _note(timeline, groups, rules, now_s, end_s)
-        now_s = end_s
+        next_s = math.inf
+        if first >= 0:
+            next_s = groups.finish_s_P[first]
+            if free >= 0 and groups.stage_free_S[0] > now_s:
+                next_s = min(next_s, groups.stage_free_S[0])
+        if next_s > until_s or next_s == math.inf:
+            if until_s < math.inf:
+                _note(timeline, groups, rules, now_s, until_s)
+                now_s = until_s
+            return now_s, next_s, first_most - most
+        window = _note(timeline, groups, rules, now_s, next_s)
+        now_s = next_s
         if groups.finish_s_P[first] <= now_s:
             timeline.sums_WX[window, 3] += settle(book, groups, rules, group_Q, first, now_s)
             groups.finish_s_P[first] = math.inf
             if stops and groups.done[0] > 0:
-                return now_s, False, first_most - most
-    return now_s, False, first_most - most
+                break
+    return now_s, now_s, first_most - most
 
 
 @njit(cache=True)
@@ -165,26 +170,10 @@ def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch,
         at_s = max(at_s, groups.stage_free_S[s]) + scratch.stage_s_S[s]
         groups.stage_free_S[s] = at_s
     groups.finish_s_P[batch] = at_s
-    _reach(timeline, now_s)
-    window = int(now_s / timeline.width_s[0])
+    window = min(int(now_s / timeline.width_s[0]), WINDOWS - 1)
     timeline.sums_WX[window, 4] += work.imbalance[0] - before[0]
     timeline.sums_WX[window, 5] += work.imbalance[1] - before[1]
     timeline.sums_WX[window, 6] += scratch.stage_s_S.sum() / scratch.stage_s_S.size
-
-
-@njit(cache=True)
-def note_waiting(timeline, start_s, end_s):  # type: ignore[no-untyped-def]
-    """A request that came while an iteration was on its way waits until its end."""
-    _reach(timeline, end_s)
-    width_s = timeline.width_s[0]
-    at_s = start_s
-    while at_s < end_s:
-        window = int(at_s / width_s)
-        until_s = min(end_s, (window + 1) * width_s)
-        if until_s <= at_s:
-            until_s = end_s
-        timeline.sums_WX[window, 1] += until_s - at_s
-        at_s = until_s
 
 
 @njit(cache=True)

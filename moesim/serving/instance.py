@@ -12,17 +12,19 @@ from moesim.costs import memory
 from moesim.costs.operators import Operators
 from moesim.files.acceptance import constant_rate
 from moesim.service import EngineConfig, Service, kv_tokens
-from moesim.serving.advance import advance, note_waiting
+from moesim.serving.advance import advance
 from moesim.serving.blocks import release
 from moesim.serving.memo import memoised
-from moesim.serving.prices import Prices
+from moesim.serving.prices import NO_EXCHANGE, Prices
 from moesim.serving.pricing import build_prices
 from moesim.serving.schedule import enqueue
 from moesim.serving.scratch import empty_scratch
-from moesim.serving.state import Book, Rules, Timeline, open_groups
+from moesim.serving.state import PREFILLED, RUNNING, WAITING, Book, Groups, Rules, Timeline, open_groups
 from moesim.serving.work import empty_work
 
 Ints = NDArray[np.int64]
+MOST = 20_000
+"""Iterations of one compiled call, so that Ctrl-C is heard within a second or so."""
 
 
 def rules_of(service: Service, engine: EngineConfig, is_prefill_only: bool = False) -> Rules:
@@ -58,15 +60,15 @@ def prices_of(service: Service, engine: EngineConfig, bound: str = "value") -> P
     return prices
 
 
-@dataclass
+@dataclass(eq=False)
 class Instance:
     """One instance of an engine.
 
     Attributes:
         number: its own.
         group_Q: of each request that it has, the data-parallel group; shared by all instances.
-        clock_s: when its last iteration ends (or ended).
-        is_up: whether it takes requests.
+        clock_s: up to when it has been played.
+        next_s: when something happens in it next, if nothing new comes; infinity if nothing does.
     """
 
     number: int
@@ -78,36 +80,41 @@ class Instance:
     timeline: Timeline
     num_units: int
     clock_s: float = 0.0
+    next_s: float = math.inf
     num_iterations: int = 0
-    is_up: bool = True
 
     def __post_init__(self) -> None:
-        engine, rules, prices = self.engine, self.rules, self.prices
-        dp = engine.data_parallel_size
-        self.groups = open_groups(rules, dp, len(self.group_Q), self.num_units)
+        rules, prices, dp = self.rules, self.prices, self.engine.data_parallel_size
+        self.groups = self._open_groups()
         most = dp * max(rules.max_num_batched_tokens, rules.max_num_seqs * rules.queries)
-        num_slots = prices.params_LRS.shape[2] * (dp * engine.tensor_parallel_size if len(prices.base_R) > dp else 1)
+        num_slots = prices.slots_per_rank * (1 if prices.exchange == NO_EXCHANGE else len(prices.base_R))
         self.work = empty_work(
             dp, len(rules.window_V), dp * rules.max_num_seqs, 1 if rules.is_memoised else most,
-            len(prices.params_LRS), num_slots,
+            len(prices.place_LXE), num_slots,
         )  # fmt: skip
         self.scratch = empty_scratch(prices, dp, 1 if rules.is_memoised else most)
 
+    def _open_groups(self) -> Groups:
+        return open_groups(self.rules, self.engine.data_parallel_size, len(self.group_Q), self.num_units)
+
+    def run(self, until_s: float, stops: bool = False, most: int = MOST) -> None:
+        """Play it up to a time, at most so many iterations; with `stops`, or until a request leaves. See `advance`."""
+        self.clock_s, self.next_s, begun = advance(
+            self.book, self.groups, self.rules, self.group_Q, self.prices, self.work, self.scratch, self.timeline,
+            self.clock_s, until_s, most, stops,
+        )  # fmt: skip
+        self.num_iterations += begun
+
     def send(self, q: int, group: int, now_s: float) -> None:
         """Put a request in a group's queue."""
+        self._come_to(now_s)
         self.group_Q[q] = group
-        note_waiting(self.timeline, now_s, self.clock_s)
         enqueue(self.book, self.groups, self.rules, group, q)
 
-    def run(self, now_s: float, until_s: float, stops: bool, most: int) -> tuple[float, bool]:
-        """Run iterations that begin before `until_s`, at most so many; see `advance`."""
-        end_s, is_idle, done = advance(
-            self.book, self.groups, self.rules, self.group_Q, self.prices, self.work, self.scratch, self.timeline,
-            max(now_s, self.clock_s), until_s, most, stops,
-        )  # fmt: skip
-        self.clock_s = end_s
-        self.num_iterations += done
-        return float(end_s), bool(is_idle)
+    def forget(self, q: int, group: int, now_s: float) -> None:
+        """Give the blocks of a request back whose cache has been fetched."""
+        self._come_to(now_s)
+        release(self.book, self.groups, self.rules, group, q)
 
     def left(self) -> list[int]:
         """Requests that have left since the last call."""
@@ -116,11 +123,40 @@ class Instance:
         done[0] = 0
         return found
 
-    def forget(self, q: int) -> None:
-        """Give the blocks of a request back whose cache has been fetched."""
-        release(self.book, self.groups, self.rules, int(self.group_Q[q]), q)
+    def lose(self, q_N: Ints, now_s: float) -> None:
+        """Lose everything: these are the requests that it has, each of which will be computed anew."""
+        self._come_to(now_s)
+        book = self.book
+        book.computed_Q[q_N], book.blocks_Q[q_N], book.held_Q[q_N], book.next_Q[q_N] = 0, 0, 0, -1
+        book.is_swapped_Q[q_N], book.state_Q[q_N] = False, WAITING
+        self.groups, self.next_s = self._open_groups(), math.inf
+
+    def has(self, instance_Q: Ints) -> Ints:
+        """The requests that it has, of which it is said who has each."""
+        is_here_Q = np.isin(self.book.state_Q, (WAITING, RUNNING, PREFILLED))
+        return np.flatnonzero(is_here_Q & (instance_Q == self.number))
+
+    def slow_down(self, rank: int, factor: float, service: Service) -> None:
+        """From the next iteration on, a rank takes so many times as long as it should."""
+        slowdown_R = self.prices.slowdown_R.copy()
+        slowdown_R[rank] = factor
+        self.put(self.prices._replace(slowdown_R=slowdown_R), service)
+
+    def put(self, prices: Prices, service: Service) -> None:
+        """Take other prices, of which the memo (if there is one) is not yet made."""
+        if self.rules.is_memoised and service.model.moe_layers:
+            most = self.engine.data_parallel_size * self.engine.max_num_batched_tokens
+            prices = memoised(prices, service.stream("memo"), most)
+        self.prices = prices
 
     @property
     def unfinished_D(self) -> Ints:
         """Requests of each group that are running or waiting."""
         return self.groups.num_D + self.groups.waiting_D
+
+    def _come_to(self, now_s: float) -> None:
+        """Note what it held until now, and look at its queues again as soon as it can."""
+        if self.clock_s < now_s:
+            self.run(now_s)
+        if self.next_s == math.inf or self.rules.num_stages > 1:
+            self.next_s = self.clock_s

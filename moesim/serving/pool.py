@@ -21,9 +21,7 @@ _NEED_TOKENS = ("least_tokens", "kv_aware", "oracle_least_work")
 
 
 class Pool:
-    """Instances that share a router.
-
-    A router sees each instance as it was at the end of its last iteration, and what was sent to it since.
+    """Instances that share a router, which sees each as it is.
 
     Args:
         votes_CD: pairs that a prompt of each cluster of the trace is believed to have at each data-parallel group;
@@ -48,19 +46,15 @@ class Pool:
             self.view.votes = lambda q: np.broadcast_to(votes_CD[cluster_Q[q]], shape)
         self._choose = ROUTERS[router]().start(self.view, random)
 
-    def pick(self, q: int) -> tuple[int, int]:
+    def pick(self, q: int) -> tuple[Instance, int]:
         """Which instance of the pool, and which group of it, gets a request; some instance must be up."""
-        prompt_tokens = int(self._requests.prompt_Q[q])
-        place = self._choose(Arrival(q, prompt_tokens, int(self._requests.topic_Q[q])))
-        i, group = divmod(place, self.view.waiting_ID.shape[1])
-        self.view.waiting_ID[i, group] += 1
-        self.view.waiting_tokens_ID[i, group] += prompt_tokens
-        return i, group
+        arrival = Arrival(q, int(self._requests.prompt_Q[q]), int(self._requests.topic_Q[q]))
+        i, group = divmod(self._choose(arrival), self.view.waiting_ID.shape[1])
+        return self.instances[i], group
 
-    def observe(self, i: int) -> None:
+    def see(self, instance: Instance) -> None:
         """See an instance as it is."""
-        instance, view = self.instances[i], self.view
-        groups = instance.groups
+        i, view, groups = instance.number - self.instances[0].number, self.view, instance.groups
         view.waiting_ID[i], view.running_ID[i] = groups.waiting_D, groups.num_D
         if self._needs_tokens:
             tokens_at(

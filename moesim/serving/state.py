@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.requests import Requests
+from moesim.routing.streams import Streams
 from moesim.serving.outcome import ITL_EDGES_S
 
 Floats = NDArray[np.float64]
@@ -68,8 +69,8 @@ class Book(NamedTuple):
     itl_counts: Ints
 
 
-def open_book(requests: Requests, routing: tuple[Ints, Ints, Ints, Ints, Ints, Ints]) -> Book:
-    """Requests before any was sent; `routing` in the order of `Book`."""
+def open_book(requests: Requests, routing: Streams) -> Book:
+    """Requests before any was sent."""
     num = len(requests)
 
     def ints() -> Ints:
@@ -80,7 +81,8 @@ def open_book(requests: Requests, routing: tuple[Ints, Ints, Ints, Ints, Ints, I
 
     return Book(
         requests.prompt_Q, requests.output_Q, requests.priority_Q, requests.block_start_Q, requests.block_ids,
-        *routing, never(), np.full(num, UNSENT, np.int8), np.full(num, -1, np.int64), ints(), ints(),
+        routing.prompt_row_Q, routing.prompt_len_Q, routing.answer_row_Q, routing.answer_len_Q, routing.begin_prompt_Q,
+        routing.begin_answer_Q, never(), np.full(num, UNSENT, np.int8), np.full(num, -1, np.int64), ints(), ints(),
         ints(), ints(), np.zeros(num, np.bool_), never(), never(), never(), never(), ints(), ints(), np.zeros(num),
         np.zeros(len(ITL_EDGES_S) - 1, np.int64),
     )  # fmt: skip
