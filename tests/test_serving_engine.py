@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engine_cases import MS, Played, check_end, check_laws, prices_of, requests_of, rules_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving_cases import small_service
 
 from moesim.files.acceptance import constant_rate
+from moesim.service import EngineConfig
 from moesim.serving.state import FINISHED, PREFILLED
 
 
@@ -320,3 +324,21 @@ def test_blocks_are_conserved_and_every_request_is_answered(service):
     for name in book._fields:
         assert getattr(book, name).tobytes() == getattr(again.book, name).tobytes(), name
     np.testing.assert_array_equal(played.timeline.sums_WX, again.timeline.sums_WX)
+
+
+@pytest.mark.parametrize(
+    ("engine", "block_tokens", "says"),
+    [
+        ({}, 24, "engine.block_size: must divide requests.block_tokens = 24, given 16; 8 would do"),
+        ({"enable_prefix_caching": False}, 24, None),
+        ({"block_size": 8}, 24, None),
+        ({"enable_chunked_prefill": False, "max_num_batched_tokens": 100}, 0, "engine.max_num_batched_tokens: must hold"),
+        ({"scheduler": "sglang", "long_prefill_token_threshold": 9}, 0, "engine.long_prefill_token_threshold: SGLang"),
+    ],
+)  # fmt: skip
+def test_engines_that_would_never_answer_are_refused(engine, block_tokens, says):
+    service = small_service()
+    requests = replace(service.requests, block_tokens=block_tokens)
+    config = EngineConfig(tensor_parallel_size=4, **engine)
+    found = replace(service, requests=requests, engine=config).mistakes()
+    assert not found if says is None else len(found) == 1 and found[0].startswith(says)
