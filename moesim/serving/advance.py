@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from numba import njit
 
 from moesim.serving.blocks import cached_units
@@ -124,7 +125,7 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
     """
     first_most = most
     while now_s < until_s and most > 0:
-        free = -1
+        free = np.int64(-1)  # a literal would compile all that it is given to twice
         for p in range(groups.size_P.size):
             if groups.finish_s_P[p] == math.inf:
                 free = p

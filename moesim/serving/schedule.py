@@ -9,6 +9,7 @@ Sarathi-Serve, arXiv 2403.02310; iteration-level scheduling of Orca, OSDI 2022.
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from moesim.serving.blocks import available, cached_units, make_host_room, num_blocks, release, share, take
@@ -20,9 +21,9 @@ def enqueue(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
     """Put a request at its place in a group's queue: the last, or by priority, then by arrival."""
     book.state_Q[q] = WAITING
     groups.waiting_D[d] += 1
-    before, after = groups.tail_D[d], -1
+    before, after = groups.tail_D[d], np.int64(-1)
     if rules.by_priority:
-        before, after = -1, groups.head_D[d]
+        before, after = np.int64(-1), groups.head_D[d]
         while after >= 0 and (book.priority_Q[after], after) < (book.priority_Q[q], q):
             before, after = after, book.next_Q[after]
     _insert(book, groups, d, before, q, after)
@@ -47,7 +48,7 @@ def _return(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
         return
     book.state_Q[q] = WAITING
     groups.waiting_D[d] += 1
-    _insert(book, groups, d, -1, q, groups.head_D[d])
+    _insert(book, groups, d, np.int64(-1), q, groups.head_D[d])
 
 
 @njit(cache=True)
@@ -217,7 +218,7 @@ def schedule_vllm(book, groups, rules, d, batch, now_s):  # type: ignore[no-unty
 
     Where a running request finds no room, and nobody can be sent back for it (all are on their way), none is taken in.
     """
-    budget, preempted, is_full, i = rules.max_num_batched_tokens, False, False, 0
+    budget, preempted, is_full, i = rules.max_num_batched_tokens, False, False, np.int64(0)
     most = (groups.num_D[d] + rules.num_stages - 1) // rules.num_stages
     while i < groups.num_D[d] and budget > 0 and most > 0:
         q = groups.running_DM[d, i]

@@ -6,6 +6,7 @@ it finds what it holds in a radix tree, this one does in prefix blocks.
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from moesim.serving.blocks import available, num_blocks
@@ -89,7 +90,7 @@ def _retract(book, groups, rules, d):  # type: ignore[no-untyped-def]
     """
     preempted = False
     while groups.num_D[d] > 1 and _needed(book, groups, rules, d) > available(groups, rules, d):
-        worst = -1
+        worst = np.int64(-1)
         for i in range(groups.num_D[d]):
             q = groups.running_DM[d, i]
             if groups.is_busy_Q[q]:
