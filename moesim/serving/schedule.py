@@ -229,7 +229,8 @@ def schedule_vllm(book, groups, rules, d, batch, now_s):  # type: ignore[no-unty
         if rules.most_of_prompt > 0:
             tokens = min(tokens, rules.most_of_prompt)
         tokens = min(tokens, budget)
-        while not grow(book, groups, rules, d, q, book.computed_Q[q] + tokens):
+        need = book.computed_Q[q] + tokens  # mostly there: a call would copy 50 arrays
+        while need > book.blocks_Q[q] * rules.block_size and not grow(book, groups, rules, d, q, need):
             victim = _victim(book, groups, rules, d)
             loser = groups.running_DM[d, victim]
             withdrawn = _withdraw(groups, batch, loser)

@@ -124,7 +124,8 @@ def schedule_sglang(book, groups, rules, d, batch, now_s):  # type: ignore[no-un
         q = groups.running_DM[d, i]
         if most > 0 and not groups.is_busy_Q[q] and not _is_prompt(book, q):
             tokens = wanted(book, rules, q)
-            if grow(book, groups, rules, d, q, book.computed_Q[q] + tokens):
+            need = book.computed_Q[q] + tokens
+            if need <= book.blocks_Q[q] * rules.block_size or grow(book, groups, rules, d, q, need):
                 add(groups, batch, q, tokens)
                 most -= 1
     groups.ratio_D[d] = max(groups.ratio_D[d] - (RATIO_FIRST - RATIO_LAST) / RATIO_STEPS, RATIO_LAST)
