@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,13 @@ class RouterView:
 
 Choose = Callable[[Arrival], int]
 """Decides one request after the other; made anew for each run by a policy's `start(view, random)`."""
+
+
+class Router(Protocol):
+    """A policy."""
+
+    def start(self, view: RouterView, random: np.random.Generator) -> Choose:
+        """Decisions of one run."""
 
 
 def expert_votes(load_LE: Floats, home_LE: Ints, num_ranks: int) -> Floats:
@@ -299,7 +307,7 @@ class OracleLeastWork:
         return lambda arrival: view.least(view.work_tokens_ID)
 
 
-ROUTERS = {
+ROUTERS: dict[str, Callable[[], Router]] = {
     "round_robin": RoundRobin,
     "random": Random,
     "power_of_two_choices": PowerOfTwoChoices,

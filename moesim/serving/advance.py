@@ -128,7 +128,7 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
         free = np.int64(-1)  # a literal would compile all that it is given to twice
         for p in range(groups.size_P.size):
             if groups.finish_s_P[p] == math.inf:
-                free = p
+                free = np.int64(p)
         first = _first_done(groups)
         if free >= 0 and groups.stage_free_S[0] <= now_s and _schedule(book, groups, rules, free, now_s):
             most -= 1

@@ -14,19 +14,19 @@ from moesim.serving.schedule import enqueue
 
 
 @structref.register
-class _BundleType(types.StructRef):  # type: ignore[misc]
+class _BundleType(types.StructRef):
     """The type of a bundle in compiled code."""
 
     def preprocess_fields(self, fields):  # type: ignore[no-untyped-def]
         """Fields by type, whatever value one has."""
-        return tuple((name, types.unliteral(of)) for name, of in fields)
+        return tuple((name, types.unliteral(of)) for name, of in fields)  # type: ignore[no-untyped-call]
 
 
-class Bundle(structref.StructRefProxy):  # type: ignore[misc]
+class Bundle(structref.StructRefProxy):
     """`Book`, `Groups`, `Rules`, groups of requests, `Prices`, `StepWork`, `Scratch` and `Timeline` of an instance."""
 
 
-structref.define_proxy(
+structref.define_proxy(  # type: ignore[no-untyped-call]
     Bundle, _BundleType, ["book", "groups", "rules", "group_Q", "prices", "work", "scratch", "timeline"]
 )
 
@@ -34,7 +34,7 @@ structref.define_proxy(
 @njit(cache=True)
 def bundled(book, groups, rules, group_Q, prices, work, scratch, timeline):  # type: ignore[no-untyped-def]
     """A bundle of what is given; it holds the arrays themselves, and numbers as they are now."""
-    return Bundle(book, groups, rules, group_Q, prices, work, scratch, timeline)
+    return Bundle(book, groups, rules, group_Q, prices, work, scratch, timeline)  # type: ignore[no-untyped-call]
 
 
 @njit(cache=True)

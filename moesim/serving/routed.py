@@ -92,7 +92,7 @@ def _add_load(prices, load_LP, scale, work):  # type: ignore[no-untyped-def]
             rows, first = 0, rank * num_slots
             there = first % width
             for s in range(num_slots):
-                load = np.int64(load_LP[layer, first + s])
+                load = load_LP[layer, first + s]
                 rows += load
                 total_LP[layer, there + s] += np.int64(load * scale + 0.5) if is_scaled else load
             total += rows

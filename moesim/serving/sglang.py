@@ -97,7 +97,7 @@ def _retract(book, groups, rules, d):  # type: ignore[no-untyped-def]
                 continue
             w = groups.running_DM[d, max(worst, 0)]
             if worst < 0 or (book.generated_Q[q], -book.prompt_Q[q]) <= (book.generated_Q[w], -book.prompt_Q[w]):
-                worst = i
+                worst = np.int64(i)
         if worst < 0:
             break
         preempt(book, groups, rules, d, worst)
