@@ -41,7 +41,7 @@ def rules_of(**changed) -> Rules:
         max_num_seqs=16, max_num_batched_tokens=1024, is_chunked=True, most_of_prompt=0, is_sglang=False,
         by_priority=False, is_swapping=False, is_prefill_only=False, block_size=4, num_blocks=1000, has_prefixes=False,
         unit_tokens=0, unit_blocks=0, host_blocks=0, block_copy_s=0.0, queries=1, accept_K=np.zeros(0), num_stages=1,
-        window_V=np.array([math.inf]), is_memoised=True,
+        window_V=np.array([math.inf]), is_memoised=False,
     )  # fmt: skip
     return rules._replace(**changed)
 
@@ -63,7 +63,9 @@ def requests_of(*rows, priority=None, blocks=None, block_tokens=0) -> Requests:
 class Played:
     """An instance and its requests; `check` is called with it after every iteration that began."""
 
-    def __init__(self, requests, rules=None, prices=None, dp=1, check=None, group_Q=None, open_=None, most=1):
+    def __init__(
+        self, requests, rules=None, prices=None, dp=1, check=None, group_Q=None, open_=None, most=1, stop_ms=math.inf
+    ):
         rules = rules or rules_of()
         self.requests, self.rules, self.tokens = requests, rules, []
         zero_Q, one_Q = np.zeros(len(requests), np.int64), np.ones(len(requests), np.int64)
@@ -82,7 +84,7 @@ class Played:
             self.until(at_s)
             self.book.sent_s_Q[q] = at_s
             self.instance.send(q, int(group_Q[q]), at_s)
-        self.until(math.inf)
+        self.until(stop_ms * MS)
 
     def until(self, until_s):
         instance = self.instance

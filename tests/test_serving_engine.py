@@ -13,6 +13,7 @@ from serving_cases import small_service
 
 from moesim.files.acceptance import constant_rate
 from moesim.service import EngineConfig
+from moesim.serving.bundle import prefix_tokens_in, tokens_in
 from moesim.serving.state import FINISHED, PREFILLED
 
 
@@ -259,6 +260,38 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been():
     for name in ("first_s_Q", "finish_s_Q", "preempted_Q"):
         np.testing.assert_array_equal(getattr(once.book, name), getattr(again.book, name))
     np.testing.assert_array_equal(once.timeline.sums_WX, again.timeline.sums_WX)
+
+
+def test_what_a_router_sees():
+    requests = requests_of((0, 100, 3), (50, 13, 2), blocks=[[0, 1, 2], [0, 1, 3]], block_tokens=4)
+    rules = rules_of(max_num_batched_tokens=64, **PREFIXES)
+    played = Played(requests, rules, stop_ms=60)
+    waiting_D, held_D, work_D, found_D = np.full((4, 1), -1)
+    tokens_in(played.instance.bundle, waiting_D, held_D, work_D)
+    assert (waiting_D[0], held_D[0], work_D[0]) == (100 + 13, 64, 113 + 5)  # the first chunk is not over
+    prefix_tokens_in(played.instance.bundle, 1, found_D)
+    assert found_D[0] == 0 and played.instance.unfinished_D.tolist() == [2]
+    played.until(80 * MS)  # the other 36, and 5 after what both have in common
+    tokens_in(played.instance.bundle, waiting_D, held_D, work_D)
+    prefix_tokens_in(played.instance.bundle, 1, found_D)
+    assert (waiting_D[0], held_D[0], found_D[0]) == (36 + 5, 100 + 8, 8)
+
+
+def test_a_rank_that_slows_down_does_so_from_the_next_iteration_on():
+    played = Played(requests_of((0, 50, 2)), stop_ms=30)
+    played.instance.slow_down(0, 3.0, None)
+    played.until(np.inf)
+    assert played.finish_ms == [60 + 10 + 3]
+
+
+def test_what_an_instance_loses_is_computed_anew():
+    played = Played(requests_of((0, 50, 2)), stop_ms=65)
+    played.instance.lose(np.array([0]), 66 * MS)
+    played.instance.send(0, 0, 70 * MS)
+    played.until(np.inf)
+    assert played.finish_ms == [70 + 10 + 51] and played.first_ms == [60]
+    check_laws(played)
+    check_end(played)
 
 
 @st.composite
