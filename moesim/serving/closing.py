@@ -21,14 +21,12 @@ Ints = NDArray[np.int64]
 def outcome_of(
     requests: Requests, book: Book, instances: Sequence[Instance], timeline: Timeline, ups: Sequence[tuple[float, int]],
     instance_Q: Ints, group_Q: Ints, seconds: float, device_s: float, is_partial: bool, notes: Sequence[str],
-    memory_bytes: Mapping[str, float],
 ) -> Outcome:  # fmt: skip
     """Close a run after so many seconds.
 
     Args:
         ups: from when on how many instances were up.
         device_s: seconds that devices were held, summed over devices.
-        memory_bytes: part -> bytes of the fullest device, and its "capacity".
     """
     parts_P = sum((instance.work.parts_P for instance in instances), np.zeros(len(PARTS)))
     rests_X = sum((instance.work.parts_P @ instance.prices.shares_PX for instance in instances), np.zeros(len(SOURCES)))
@@ -47,7 +45,6 @@ def outcome_of(
         busy_s=float(sums_X[SAMPLES.index("iteration_s")]),
         num_iterations=sum(instance.num_iterations for instance in instances),
         device_s=device_s, seconds=seconds, is_partial=is_partial, notes=tuple(notes),
-        memory_bytes=memory_bytes,
     )  # fmt: skip
 
 

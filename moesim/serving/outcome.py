@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,9 @@ class Outcome:
         instance_Q, group_Q: who served (decoded) it, -1 for nobody; dropped_Q: whether it was refused.
         itl_counts: gaps between tokens by `ITL_EDGES_S`, all requests, int64 [len(ITL_EDGES_S) - 1] and what is beyond
             in the last.
-        timeline: name -> [S] samples over time: "time_s" (end of a window), and means over the window: "running",
-            "waiting" (requests of all instances), "kv_fraction", "imbalance" (busiest rank's choices over the mean,
-            mean over iterations), "output_tokens_per_s", "instances" (that are up).
+        timeline: name -> [S] samples over time: "time_s" (end of a window), and means over the window and all
+            instances: "running", "waiting" (requests), "kv_fraction", "imbalance" (busiest rank's choices over the
+            mean), "output_tokens_per_s", "instances" (that are up).
         parts_s: part of an iteration (`moesim.serving.work.PARTS`) -> exposed seconds, summed over instances and
             iterations, mean over their ranks.
         shares: measured_fraction, fitted_fraction, datasheet_fraction, assumed_fraction of the busy time.
@@ -38,7 +39,6 @@ class Outcome:
             summed over devices.
         seconds: length of the run; is_partial: whether it was stopped before its end.
         notes: what a reader should know.
-        memory_bytes: part -> bytes of the fullest device, and its "capacity".
     """
 
     arrival_s_Q: Floats
@@ -66,4 +66,4 @@ class Outcome:
     seconds: float
     is_partial: bool = False
     notes: tuple[str, ...] = ()
-    memory_bytes: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)

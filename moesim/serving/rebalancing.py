@@ -1,8 +1,8 @@
 """Experts of an instance placed anew, every so many iterations, by what they had to do lately.
 
-Source: vLLM's EPLB (`eplb_step_interval` iterations apart, by the load of the last `eplb_window_size` of them, the
-first time after a quarter of the interval); the load is then old by as long as the placement stays. All ranks wait
-while experts travel.
+Source: vLLM's EPLB (`eplb_step_interval` iterations apart, by the load of the last `eplb_window_size` of them, the first
+time after a quarter of the interval); the load is then old by as long as the placement stays. All ranks wait while
+experts travel.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from moesim.network.sends import Sends, seconds
 from moesim.policies.placement import Contiguous, Eplb
 from moesim.service import Service
 from moesim.serving.instance import Instance
+from moesim.serving.memo import memoised
 from moesim.serving.pricing import replaced
 
 Floats = NDArray[np.float64]
@@ -64,12 +65,17 @@ class Rebalancer:
             np.add.at(load_LE[layer], expert_P, load_LP[layer])
         before = self.placement
         self.placement = Eplb().place(self._num_slots, before.ep, self._per_node, load_LE)
-        instance = self.instance
-        instance.put(
-            replaced(instance.prices, self.placement, self.service.model, instance.engine.layout), self.service
-        )
+        self._put()
         self.instance.groups.copy_s_D[:] += self._moving_s(before, self.placement)
         self._plan(self.instance.engine.eplb_step_interval)
+
+    def _put(self) -> None:
+        instance = self.instance
+        engine, prices = instance.engine, instance.prices
+        instance.prices = replaced(prices, self.placement, self.service.model, engine.layout)
+        if instance.rules.is_memoised:
+            most = engine.data_parallel_size * engine.max_num_batched_tokens
+            instance.prices = memoised(instance.prices, self.service.stream("memo"), most)
 
     def _moving_s(self, before: Placement, after: Placement) -> float:
         """Seconds until every rank has the experts that are new to it, each from the nearest rank that had it."""

@@ -94,7 +94,7 @@ def serving_result(
         intervals=intervals,
         provenance=dict(outcome.shares),
         breakdown_s={PHASE: {part: seconds / total for part, seconds in outcome.parts_s.items()}},
-        memory_bytes=dict(outcome.memory_bytes),
+        memory_bytes=dict(outcome.facts.get("memory_bytes", {})),
         warnings=serving_notes(service, outcome, window),
         outcome=outcome,
         slo=service.slo,
