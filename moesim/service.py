@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import gcd
 from sys import maxsize
 from typing import Any
 from zlib import crc32
@@ -150,6 +151,8 @@ class EngineConfig:
             found.append("enable_eplb: copies of experts need experts on several ranks; set enable_expert_parallel")
         if not self.enable_chunked_prefill and self.long_prefill_token_threshold:
             found.append("long_prefill_token_threshold: cuts prompts, which enable_chunked_prefill = false forbids")
+        if self.scheduler == "sglang" and self.long_prefill_token_threshold:
+            found.append("long_prefill_token_threshold: SGLang has none; max_num_batched_tokens cuts its prompts")
         if self.preemption_mode == "swap" and not self.swap_space_gib:
             found.append("preemption_mode: swapping needs swap_space_gib above 0, such as 4")
         in_layout = self.layout.mistakes(model, ranks)
@@ -204,7 +207,13 @@ class Service:
         return found or [text for name, engine in engines.items() for text in self._cache_mistakes(name, engine)]
 
     def _cache_mistakes(self, name: str, engine: EngineConfig) -> list[str]:
-        """Whether the weights leave room for a cache, and some request fits into it."""
+        """Whether the weights leave room for a cache, whose blocks prefixes fill, and some request fits into it."""
+        requests, size = self.requests, engine.block_size
+        if engine.enable_prefix_caching and requests.block_tokens % size:
+            return [
+                f"{name}.block_size: must divide requests.block_tokens = {requests.block_tokens}, given {size}; "
+                f"{gcd(size, requests.block_tokens)} would do, or enable_prefix_caching = false"
+            ]
         tokens = kv_tokens(self, engine)
         if not tokens:
             gib, device = 2**30, self.cluster.device
@@ -218,6 +227,12 @@ class Service:
         limit = engine.max_model_len
         if limit is not None and limit > tokens:
             return [f"{name}.max_model_len: must be at most the {tokens} tokens of the KV cache, given {limit}"]
+        longest = min(int((requests.prompt_Q + requests.output_Q).max()), limit or tokens, tokens)
+        if not engine.enable_chunked_prefill and engine.max_num_batched_tokens < longest:
+            return [
+                f"{name}.max_num_batched_tokens: must hold the {longest} tokens of the longest prompt and answer where "
+                f"enable_chunked_prefill = false, given {engine.max_num_batched_tokens}"
+            ]
         prefills = self.fleet.is_disaggregated and name == "engine"
         output_Q = np.ones_like(self.requests.output_Q) if prefills else self.requests.output_Q
         if is_too_long(self.requests.prompt_Q, output_Q, engine, tokens).all():

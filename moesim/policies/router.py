@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,11 @@ class RouterView:
         zeros = [np.zeros((num_instances, num_ranks), np.int64) for _ in range(6)]
         full_ID = np.full((num_instances, num_ranks), kv_capacity)
         up_I = np.ones(num_instances, np.bool_)
-        return cls(up_I, *zeros[:4], full_ID, lambda request: zeros[4], None, zeros[5])
+        waiting_ID, running_ID, waiting_tokens_ID, kv_tokens_ID, cached_ID, work_tokens_ID = zeros
+        return cls(
+            up_I, waiting_ID, running_ID, waiting_tokens_ID, kv_tokens_ID, full_ID, lambda request: cached_ID,
+            work_tokens_ID=work_tokens_ID,
+        )  # fmt: skip
 
     @property
     def load_ID(self) -> Ints:
@@ -90,13 +95,20 @@ Choose = Callable[[Arrival], int]
 """Decides one request after the other; made anew for each run by a policy's `start(view, random)`."""
 
 
+class Router(Protocol):
+    """A policy."""
+
+    def start(self, view: RouterView, random: np.random.Generator) -> Choose:
+        """Decisions of one run."""
+
+
 def expert_votes(load_LE: Floats, home_LE: Ints, num_ranks: int) -> Floats:
     """Votes of a prompt for the data-parallel ranks where its experts lie, [D].
 
     load_LE: token-expert pairs that history expects of the prompt (of its topic, or of its traced tokens).
     home_LE: data-parallel rank that holds each expert.
     """
-    return np.bincount(home_LE.ravel(), load_LE.ravel(), num_ranks)
+    return np.asarray(np.bincount(home_LE.ravel(), load_LE.ravel(), num_ranks), np.float64)
 
 
 @dataclass(frozen=True)
@@ -237,7 +249,7 @@ class KvAware:
 
         def choose(arrival: Arrival) -> int:
             prefill_ID = view.waiting_tokens_ID + arrival.prompt_tokens - view.cached_tokens(arrival.number)
-            return view.least(self.overlap_weight * prefill_ID + view.kv_tokens_ID)
+            return view.least(np.asarray(self.overlap_weight * prefill_ID + view.kv_tokens_ID, np.float64))
 
         return choose
 
@@ -299,7 +311,7 @@ class OracleLeastWork:
         return lambda arrival: view.least(view.work_tokens_ID)
 
 
-ROUTERS = {
+ROUTERS: dict[str, Callable[[], Router]] = {
     "round_robin": RoundRobin,
     "random": Random,
     "power_of_two_choices": PowerOfTwoChoices,

@@ -8,7 +8,9 @@ import numpy as np
 from numba import njit
 
 from moesim.serving.blocks import cached_units
-from moesim.serving.schedule import schedule_sglang, schedule_vllm, settle
+from moesim.serving.schedule import schedule_vllm
+from moesim.serving.settle import settle
+from moesim.serving.sglang import schedule_sglang
 from moesim.serving.state import WINDOWS
 from moesim.serving.step import price_step
 
@@ -52,14 +54,15 @@ def _fill(book, groups, rules, group_Q, batch, work):  # type: ignore[no-untyped
 
 @njit(cache=True)
 def _schedule(book, groups, rules, batch, now_s):  # type: ignore[no-untyped-def]
+    """Fill a batch; a group that only sent requests back tries again. Whether anything is in it."""
     groups.size_P[batch] = 0
     for d in range(groups.num_D.size):
-        if groups.num_D[d] == 0 and groups.waiting_D[d] == 0:
-            continue
-        if rules.is_sglang:
-            schedule_sglang(book, groups, rules, d, batch, now_s)
-        else:
-            schedule_vllm(book, groups, rules, d, batch, now_s)
+        size, again = groups.size_P[batch], groups.num_D[d] > 0 or groups.waiting_D[d] > 0
+        while again and groups.size_P[batch] == size:
+            if rules.is_sglang:
+                again = schedule_sglang(book, groups, rules, d, batch, now_s)
+            else:
+                again = schedule_vllm(book, groups, rules, d, batch, now_s)
     return groups.size_P[batch] > 0
 
 
@@ -125,7 +128,7 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
         free = np.int64(-1)  # a literal would compile all that it is given to twice
         for p in range(groups.size_P.size):
             if groups.finish_s_P[p] == math.inf:
-                free = p
+                free = np.int64(p)
         first = _first_done(groups)
         if free >= 0 and groups.stage_free_S[0] <= now_s and _schedule(book, groups, rules, free, now_s):
             most -= 1

@@ -42,20 +42,33 @@ def available(groups, rules, d):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _keep_on_host(groups, rules, d, unit):  # type: ignore[no-untyped-def]
-    """Copy an evicted prefix block to host memory, where the longest idle ones make room for it."""
-    if rules.host_blocks == 0 or groups.hosted_DU[d, unit] >= 0:
-        return
-    before_U, after_U, end = groups.host_before_DU[d], groups.host_after_DU[d], groups.host_before_DU.shape[1] - 1
-    while groups.host_free_D[d] < rules.unit_blocks and after_U[end] != end:
-        oldest = after_U[end]
-        _unlink(before_U, after_U, oldest)
+def make_host_room(groups, rules, d, blocks):  # type: ignore[no-untyped-def]
+    """Drop the prefix blocks that came to host memory first until so many blocks are free; whether they are."""
+    if groups.host_free_D[d] + groups.hosted_D[d] * rules.unit_blocks < blocks:
+        return False
+    while groups.host_free_D[d] < blocks:
+        oldest = groups.host_after_DU[d, groups.host_after_DU.shape[1] - 1]
+        _unlink(groups.host_before_DU[d], groups.host_after_DU[d], oldest)
         groups.hosted_DU[d, oldest] = -1
+        groups.hosted_D[d] -= 1
         groups.host_free_D[d] += rules.unit_blocks
-    if groups.host_free_D[d] >= rules.unit_blocks:
+    return True
+
+
+@njit(cache=True)
+def _keep_on_host(groups, rules, d, unit):  # type: ignore[no-untyped-def]
+    """Copy an evicted prefix block to host memory, as the last to come; those that came first make room for it."""
+    if rules.host_blocks == 0:
+        return
+    if groups.hosted_DU[d, unit] >= 0:
+        _unlink(groups.host_before_DU[d], groups.host_after_DU[d], unit)
+    elif make_host_room(groups, rules, d, rules.unit_blocks):
         groups.hosted_DU[d, unit] = 1
+        groups.hosted_D[d] += 1
         groups.host_free_D[d] -= rules.unit_blocks
-        _link_last(before_U, after_U, unit)
+    else:
+        return
+    _link_last(groups.host_before_DU[d], groups.host_after_DU[d], unit)
 
 
 @njit(cache=True)
@@ -80,8 +93,8 @@ def cached_units(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
     """
     if not rules.has_prefixes:
         return 0
-    first = book.block_start_Q[q]
-    most = min(book.block_start_Q[q + 1] - first, (book.prompt_Q[q] - 1) // rules.unit_tokens)
+    first, most = book.block_start_Q[q], (book.prompt_Q[q] + book.generated_Q[q] - 1) // rules.unit_tokens
+    most = min(book.block_start_Q[q + 1] - first, min(book.prompt_Q[q] // rules.unit_tokens, most))
     units = 0
     while units < most:
         unit = book.block_ids[first + units]

@@ -50,7 +50,7 @@ def plane(s_AC, a, c, part_a, part_c):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _mixed_s(prices, mixer, beside, a, c, part_a, part_c) -> float:  # type: ignore[no-untyped-def]
+def _mixed_s(prices, mixer, beside, a, c, part_a, part_c):  # type: ignore[no-untyped-def]
     """What attention of decoding requests takes longer with so many tokens of prompts beside them."""
     x = below(prices.chunk_X, beside)
     part = min(_part(prices.chunk_X, x, beside), 1.0)

@@ -12,12 +12,10 @@ from moesim.costs import memory
 from moesim.costs.operators import Operators
 from moesim.files.acceptance import constant_rate
 from moesim.service import EngineConfig, Service, kv_tokens
-from moesim.serving.advance import advance
-from moesim.serving.blocks import release
+from moesim.serving.bundle import advance_bundle, bundled, enqueue_in, release_in
 from moesim.serving.memo import memoised
 from moesim.serving.prices import NO_EXCHANGE, Prices
 from moesim.serving.pricing import build_prices
-from moesim.serving.schedule import enqueue
 from moesim.serving.scratch import empty_scratch
 from moesim.serving.state import PREFILLED, RUNNING, WAITING, Book, Groups, Rules, Timeline, open_groups
 from moesim.serving.work import empty_work
@@ -93,28 +91,32 @@ class Instance:
             len(prices.place_LXE), num_slots,
         )  # fmt: skip
         self.scratch = empty_scratch(prices, dp, 1 if rules.is_memoised else most)
+        self._bundle()
+
+    def _bundle(self) -> None:
+        """To be called whenever one of these is another."""
+        self.bundle = bundled(
+            self.book, self.groups, self.rules, self.group_Q, self.prices, self.work, self.scratch, self.timeline
+        )
 
     def _open_groups(self) -> Groups:
         return open_groups(self.rules, self.engine.data_parallel_size, len(self.group_Q), self.num_units)
 
     def run(self, until_s: float, stops: bool = False, most: int = MOST) -> None:
         """Play it up to a time, at most so many iterations; with `stops`, or until a request leaves. See `advance`."""
-        self.clock_s, self.next_s, begun = advance(
-            self.book, self.groups, self.rules, self.group_Q, self.prices, self.work, self.scratch, self.timeline,
-            self.clock_s, until_s, most, stops,
-        )  # fmt: skip
+        self.clock_s, self.next_s, begun = advance_bundle(self.bundle, self.clock_s, until_s, most, stops)
         self.num_iterations += begun
 
     def send(self, q: int, group: int, now_s: float) -> None:
         """Put a request in a group's queue."""
         self._come_to(now_s)
         self.group_Q[q] = group
-        enqueue(self.book, self.groups, self.rules, group, q)
+        enqueue_in(self.bundle, group, q)
 
     def forget(self, q: int, group: int, now_s: float) -> None:
         """Give the blocks of a request back whose cache has been fetched."""
         self._come_to(now_s)
-        release(self.book, self.groups, self.rules, group, q)
+        release_in(self.bundle, group, q)
 
     def left(self) -> list[int]:
         """Requests that have left since the last call."""
@@ -130,6 +132,7 @@ class Instance:
         book.computed_Q[q_N], book.blocks_Q[q_N], book.held_Q[q_N], book.next_Q[q_N] = 0, 0, 0, -1
         book.is_swapped_Q[q_N], book.state_Q[q_N] = False, WAITING
         self.groups, self.next_s = self._open_groups(), math.inf
+        self._bundle()
 
     def has(self, instance_Q: Ints) -> Ints:
         """The requests that it has, of which it is said who has each."""
@@ -148,6 +151,7 @@ class Instance:
             most = self.engine.data_parallel_size * self.engine.max_num_batched_tokens
             prices = memoised(prices, service.stream("memo"), most)
         self.prices = prices
+        self._bundle()
 
     @property
     def unfinished_D(self) -> Ints:

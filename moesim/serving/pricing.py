@@ -11,53 +11,21 @@ from numpy.typing import NDArray
 
 from moesim.costs.operators import Operators, Timed
 from moesim.hardware import SOURCES, Cluster
-from moesim.layout import AttentionGrid, ExpertGrid, Layout, Placement
+from moesim.layout import Layout, Placement
 from moesim.mixers import Mixer
 from moesim.model import Dense, Experts, Layer, ModelSpec
 from moesim.policies.placement import Contiguous
 from moesim.program.forward import drafting_layer
 from moesim.routing.counting import Counter
 from moesim.routing.trace import RoutingTrace
-from moesim.service import EngineConfig, Service
+from moesim.service import EngineConfig
 from moesim.serving.exchanges import exchange_of, exchange_prices
 from moesim.serving.grids import OneRank, points
-from moesim.serving.memo import memoised
 from moesim.serving.prices import ADDED, DRAFT_HEAD, HEAD, NO_EXCHANGE, NO_HEAD, Prices, no_memo
 from moesim.serving.slots import experts_prices, experts_timed
 from moesim.serving.work import PARTS
 
 Floats = NDArray[np.float64]
-
-
-def layout_of(engine: EngineConfig) -> Layout:
-    """The layout of one instance; experts of a single rank are not spread."""
-    dp, tp = engine.data_parallel_size, engine.tensor_parallel_size
-    is_spread = engine.enable_expert_parallel and dp * tp > 1
-    experts = ExpertGrid(ep=dp * tp) if is_spread else ExpertGrid(edp=dp, etp=tp)
-    return Layout(
-        AttentionGrid(dp, tp),
-        experts,
-        engine.num_redundant_experts if is_spread else 0,
-        pp=engine.pipeline_parallel_size,
-    )
-
-
-def prices_of(
-    service: Service,
-    engine: EngineConfig,
-    cluster: Cluster,
-    placement: Placement | None = None,
-    bound: str = "value",
-    slowdown_R: Floats | None = None,
-) -> Prices:
-    """Prices of one of a service's instances, on the part of the machine that it gets; memoised where it says so."""
-    operators = Operators(service.cluster.device, bound, service.tables, service.calibration)
-    layout = layout_of(engine)
-    prices = build_prices(service.model, cluster, layout, engine, service.trace, operators, placement, slowdown_R)
-    if engine.routing != "memoised":
-        return prices
-    most_tokens = engine.max_num_batched_tokens * engine.data_parallel_size
-    return memoised(prices, service.stream("memo"), most_tokens)
 
 
 def build_prices(

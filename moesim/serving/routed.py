@@ -22,6 +22,13 @@ def _price_experts(prices, load_LP, scale, experts_s_LR):  # type: ignore[no-unt
             prices.params_LRS.reshape(num_layers * num_ranks, num_slots), roofline[0], roofline[1] * scale,
             roofline[2] * scale, roofline[3], experts_s_LR.reshape(num_layers * num_ranks),
         )  # fmt: skip
+        for layer in range(num_layers):
+            for rank in range(num_ranks):
+                for p in range(rank * num_slots, (rank + 1) * num_slots):
+                    if load_LP[layer, p]:
+                        experts_s_LR[layer, rank] += roofline[4]
+                        break
+        return
     rows_I, active_J, experts_s_IJ = prices.rows_I, prices.active_J, prices.experts_s_IJ
     for layer in range(num_layers):
         for rank in range(num_ranks):
@@ -31,13 +38,11 @@ def _price_experts(prices, load_LP, scale, experts_s_LR):  # type: ignore[no-unt
                 active += load_LP[layer, p] > 0
             if not rows:
                 experts_s_LR[layer, rank] = 0.0
-            elif prices.has_experts_table:
-                i, j = below(rows_I, rows * scale), below(active_J, active)
-                part_i = (rows * scale - rows_I[i]) / (rows_I[i + 1] - rows_I[i])
-                part_j = (active - active_J[j]) / (active_J[j + 1] - active_J[j])
-                experts_s_LR[layer, rank] = plane(experts_s_IJ, i, j, part_i, part_j)
-            else:
-                experts_s_LR[layer, rank] += roofline[4]
+                continue
+            i, j = below(rows_I, rows * scale), below(active_J, active)
+            part_i = (rows * scale - rows_I[i]) / (rows_I[i + 1] - rows_I[i])
+            part_j = (active - active_J[j]) / (active_J[j + 1] - active_J[j])
+            experts_s_LR[layer, rank] = plane(experts_s_IJ, i, j, part_i, part_j)
 
 
 @njit(cache=True)
@@ -80,14 +85,16 @@ def _add_load(prices, load_LP, scale, work):  # type: ignore[no-untyped-def]
     """Add the choices of each slot, and the busiest rank's over the mean."""
     num_layers, num_ranks, num_slots = load_LP.shape[0], prices.base_R.size, prices.slots_per_rank
     total_LP, width = work.load_LP, work.load_LP.shape[1]
-    ratios = 0.0
+    ratios, is_scaled = 0.0, scale != 1.0
     for layer in range(num_layers):
         total, most = 0, 0
         for rank in range(num_ranks):
-            rows = 0
-            for p in range(rank * num_slots, (rank + 1) * num_slots):
-                rows += load_LP[layer, p]
-                total_LP[layer, p % width] += np.int64(load_LP[layer, p] * scale + 0.5)
+            rows, first = 0, rank * num_slots
+            there = first % width
+            for s in range(num_slots):
+                load = load_LP[layer, first + s]
+                rows += load
+                total_LP[layer, there + s] += np.int64(load * scale + 0.5) if is_scaled else load
             total += rows
             most = max(most, rows)
         ratios += most * num_ranks / max(total, 1)

@@ -17,6 +17,8 @@ Ints = NDArray[np.int64]
 WAITING, RUNNING, FINISHED, DROPPED, PREFILLED, UNSENT = range(6)
 """States of a request: in a queue; in iterations; answered; refused; its prompt is done and its cache is on its way to
 another instance; not sent yet."""
+RATIO_FIRST = 0.7
+"""The share of an answer's rest that SGLang keeps room for at first."""
 WINDOWS = 1024
 SAMPLES = ("running", "waiting", "kv_tokens", "output_tokens", "imbalance", "iterations", "iteration_s")
 
@@ -131,7 +133,8 @@ class Groups(NamedTuple):
         free_D, idle_D: blocks that nothing is in; prefix blocks that nobody uses but that are kept.
         users_DU, before_DU, after_DU: of each prefix block, requests that use it (-1: not here), and neighbours in the
             list of idle ones, the longest idle one first, closed by the entry U.
-        hosted_DU, host_before_DU, host_after_DU, host_free_D: the same for host memory (1: there).
+        hosted_DU, host_before_DU, host_after_DU, host_free_D, hosted_D: the same for host memory (1: there), and how
+            many are there.
         swapped_D: blocks of swapped requests.
         copy_s_D: seconds of copies that the next iteration waits for.
         ratio_D: SGLang's belief of how much of what is left of the answers will be generated.
@@ -155,6 +158,7 @@ class Groups(NamedTuple):
     host_before_DU: NDArray[np.int32]
     host_after_DU: NDArray[np.int32]
     host_free_D: Ints
+    hosted_D: Ints
     swapped_D: Ints
     copy_s_D: Floats
     ratio_D: Floats
@@ -184,7 +188,7 @@ def open_groups(rules: Rules, num_groups: int, num_requests: int, num_units: int
         ints() - 1, ints() - 1, ints(), np.zeros((num_groups, rules.max_num_seqs), np.int64), ints(),
         ints() + rules.num_blocks, ints(), absent, chains(), chains(), hosted,
         chains() if rules.host_blocks else chains()[:, :1] * 0, chains() if rules.host_blocks else chains()[:, :1] * 0,
-        ints() + rules.host_blocks, ints(), np.zeros(num_groups), np.full(num_groups, 0.7),
+        ints() + rules.host_blocks, ints(), ints(), np.zeros(num_groups), np.full(num_groups, RATIO_FIRST),
         np.zeros((stages, most), np.int64), np.zeros((stages, most), np.int64), np.zeros(stages, np.int64),
         np.full(stages, np.inf), np.zeros(stages), np.zeros(num_requests, np.bool_),
         np.zeros(num_requests + 1, np.int64),

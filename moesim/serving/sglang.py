@@ -1,0 +1,132 @@
+"""SGLang's scheduler: prompts go into iterations of their own, and first, as long as what they will need has room.
+
+Source: SGLang (github.com/sgl-project/sglang), managers/schedule_policy.py, schedule_batch.py and scheduler.py; where
+it finds what it holds in a radix tree, this one does in prefix blocks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from moesim.serving.blocks import available, num_blocks
+from moesim.serving.schedule import add, admit, begin, grow, preempt, wanted
+from moesim.serving.state import RATIO_FIRST
+
+RATIO_LAST, RATIO_STEPS = 0.098, 600.0
+"""The share of an answer's rest that room is kept for falls so far, from `RATIO_FIRST`, in so many iterations."""
+MOST_FORESEEN = 4096
+"""Room is kept for at most so many tokens of an answer."""
+RETRACT_STEPS = 20
+"""After a retraction, answers are believed to grow by so many tokens beyond what they have."""
+
+
+@njit(cache=True)
+def _is_prompt(book, q):  # type: ignore[no-untyped-def]
+    """Whether a running request still computes what it was given, or what it lost."""
+    return book.generated_Q[q] == 0 or book.prompt_Q[q] + book.generated_Q[q] - book.computed_Q[q] > 1
+
+
+@njit(cache=True)
+def _foreseen_blocks(book, groups, rules, d):  # type: ignore[no-untyped-def]
+    """Blocks that running requests are believed to need before they are done."""
+    tokens = 0.0
+    for i in range(groups.num_D[d]):
+        q = groups.running_DM[d, i]
+        tokens += min(book.output_Q[q] - book.generated_Q[q], MOST_FORESEEN) * groups.ratio_D[d]
+    return tokens / rules.block_size
+
+
+@njit(cache=True)
+def _schedule_prompts(book, groups, rules, d, batch, now_s):  # type: ignore[no-untyped-def]
+    """An iteration of prompts alone, the one that was cut before first; no other begins while that one lacks room."""
+    budget = rules.max_num_batched_tokens
+    for i in range(groups.num_D[d]):
+        q = groups.running_DM[d, i]
+        if _is_prompt(book, q) and budget > 0 and not groups.is_busy_Q[q]:
+            tokens = min(book.prompt_Q[q] + book.generated_Q[q] - book.computed_Q[q], budget)
+            if not grow(book, groups, rules, d, q, book.computed_Q[q] + tokens):
+                return
+            add(groups, batch, q, tokens)
+            budget -= tokens
+    foreseen = _foreseen_blocks(book, groups, rules, d)
+    q = groups.head_D[d]
+    while q >= 0 and groups.num_D[d] < rules.max_num_seqs and budget > 0:
+        after = book.next_Q[q]
+        rest = min(book.output_Q[q] - book.generated_Q[q], MOST_FORESEEN)
+        whole = (book.prompt_Q[q] + book.generated_Q[q] + rest) / rules.block_size
+        if whole + foreseen > available(groups, rules, d) and groups.num_D[d] > 0:
+            return
+        tokens = admit(book, groups, rules, d, budget, not rules.is_chunked)
+        if tokens == 0:
+            return
+        foreseen += rest / rules.block_size
+        begin(book, q, now_s)
+        add(groups, batch, q, tokens)
+        budget -= tokens
+        q = after
+
+
+@njit(cache=True)
+def _needed(book, groups, rules, d):  # type: ignore[no-untyped-def]
+    """Blocks that the next token (and drafts) of all who decode need; where nobody does, the rest of the prompts."""
+    need, rest, decodes = 0, 0, 0
+    for i in range(groups.num_D[d]):
+        q = groups.running_DM[d, i]
+        more = max(num_blocks(book.computed_Q[q] + wanted(book, rules, q), rules.block_size) - book.blocks_Q[q], 0)
+        if _is_prompt(book, q):
+            rest += more
+        else:
+            need += more
+            decodes += 1
+    return need if decodes else rest
+
+
+@njit(cache=True)
+def _retract(book, groups, rules, d):  # type: ignore[no-untyped-def]
+    """Send back who has generated least, of those the longest prompt, of those the last, until all others fit.
+
+    They go behind all who wait. Requests of a batch on the way stay. Returns whether one was sent back.
+    """
+    preempted = False
+    while groups.num_D[d] > 1 and _needed(book, groups, rules, d) > available(groups, rules, d):
+        worst = np.int64(-1)
+        for i in range(groups.num_D[d]):
+            q = groups.running_DM[d, i]
+            if groups.is_busy_Q[q]:
+                continue
+            w = groups.running_DM[d, max(worst, 0)]
+            if worst < 0 or (book.generated_Q[q], -book.prompt_Q[q]) <= (book.generated_Q[w], -book.prompt_Q[w]):
+                worst = np.int64(i)
+        if worst < 0:
+            break
+        preempt(book, groups, rules, d, worst)
+        preempted = True
+        generated, asked = 0, 0
+        for i in range(groups.num_D[d]):
+            q = groups.running_DM[d, i]
+            generated += book.generated_Q[q] + RETRACT_STEPS
+            asked += book.output_Q[q]
+        groups.ratio_D[d] = min(generated / asked, 1.0)
+    return preempted
+
+
+@njit(cache=True)
+def schedule_sglang(book, groups, rules, d, batch, now_s):  # type: ignore[no-untyped-def]
+    """Prompts, if any fits; else one token (and drafts) of every running request. Whether one lost its place."""
+    size = groups.size_P[batch]
+    _schedule_prompts(book, groups, rules, d, batch, now_s)
+    if groups.size_P[batch] > size:
+        return False
+    preempted = _retract(book, groups, rules, d)
+    most = (groups.num_D[d] + rules.num_stages - 1) // rules.num_stages
+    for i in range(groups.num_D[d]):
+        q = groups.running_DM[d, i]
+        if most > 0 and not groups.is_busy_Q[q] and not _is_prompt(book, q):
+            tokens = wanted(book, rules, q)
+            need = book.computed_Q[q] + tokens
+            if need <= book.blocks_Q[q] * rules.block_size or grow(book, groups, rules, d, q, need):
+                add(groups, batch, q, tokens)
+                most -= 1
+    groups.ratio_D[d] = max(groups.ratio_D[d] - (RATIO_FIRST - RATIO_LAST) / RATIO_STEPS, RATIO_LAST)
+    return preempted
