@@ -24,11 +24,15 @@ def lengths(rng: np.random.Generator, num: int, mean: float, cv: float) -> np.nd
     return np.maximum(np.diff(edges, prepend=0), 1)
 
 
-def qwen(num: int, rate_per_s: float, output_tokens: float = 512.0, instances: int = 1, routing: str = "replayed") -> Service:
+def qwen(
+    num: int, rate_per_s: float, output_tokens: float = 512.0, instances: int = 1, routing: str = "replayed"
+) -> Service:
     """Qwen3-30B-A3B, one H100 an instance; prompts of 256 tokens and answers of 512 in the mean, as chats have."""
     model, rng = load_model("qwen3-30b-a3b"), np.random.default_rng(0)
     requests = Requests.of(
-        np.cumsum(rng.exponential(1 / rate_per_s, num)), lengths(rng, num, 256, 1.0), lengths(rng, num, output_tokens, 1.0)
+        np.cumsum(rng.exponential(1 / rate_per_s, num)),
+        lengths(rng, num, 256, 1.0),
+        lengths(rng, num, output_tokens, 1.0),
     )
     trace = zipf_trace(len(model.moe_layers), 128, 8, num_requests=256, prompt_tokens=96, output_tokens=64)
     return Service(

@@ -41,7 +41,7 @@ def rules_of(**changed) -> Rules:
         max_num_seqs=16, max_num_batched_tokens=1024, is_chunked=True, most_of_prompt=0, is_sglang=False,
         by_priority=False, is_swapping=False, is_prefill_only=False, block_size=4, num_blocks=1000, has_prefixes=False,
         unit_tokens=0, unit_blocks=0, host_blocks=0, block_copy_s=0.0, queries=1, accept_K=np.zeros(0), num_stages=1,
-        window_V=np.array([math.inf]), is_memoised=False,
+        window_V=np.array([math.inf]), is_memoised=False, leap=1,
     )  # fmt: skip
     return rules._replace(**changed)
 

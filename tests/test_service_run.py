@@ -206,3 +206,21 @@ def test_ctrl_c_leaves_a_partial_result_that_says_so(tmp_path):
     assert 0 < shape["metrics"]["num_finished"] < 2_000_000
     assert shape["metrics"]["littles_law_ratio"] == pytest.approx(1.0, rel=1e-6)
     assert any("PARTIAL" in warning for warning in shape["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"), [("spread, memoised", {}), ("spread, memoised", {"num_gpu_blocks_override": 140})]
+)
+def test_iterations_that_are_alike_may_be_played_as_one(monkeypatch, name, changed):
+    service = with_engine(SERVICES[name], **changed)
+    leaping = simulate_service(service)
+    monkeypatch.setattr("moesim.serving.instance.LEAP", 1)
+    walking = simulate_service(service)
+    np.testing.assert_array_equal(leaping.generated_Q, walking.generated_Q)
+    assert leaping.itl_counts.sum() == walking.itl_counts.sum()
+    assert leaping.num_iterations == pytest.approx(walking.num_iterations, rel=0.02)
+    assert leaping.busy_s == pytest.approx(walking.busy_s, rel=0.02)
+    for part, seconds in walking.parts_s.items():
+        assert leaping.parts_s[part] == pytest.approx(seconds, rel=0.03, abs=1e-9)
+    mean_s = [np.mean(o.finish_s_Q - o.arrival_s_Q) for o in (leaping, walking)]
+    assert mean_s[0] == pytest.approx(mean_s[1], rel=0.01)

@@ -13,6 +13,7 @@ from moesim.costs.operators import Operators
 from moesim.files.acceptance import constant_rate
 from moesim.service import EngineConfig, Service, kv_tokens
 from moesim.serving.bundle import advance_bundle, bundled, enqueue_in, release_in
+from moesim.serving.leap import LEAP
 from moesim.serving.memo import memoised
 from moesim.serving.prices import NO_EXCHANGE, Prices
 from moesim.serving.pricing import build_prices
@@ -33,7 +34,7 @@ def rules_of(service: Service, engine: EngineConfig, is_prefill_only: bool = Fal
     has_prefixes = engine.enable_prefix_caching and len(requests.block_ids) > 0
     block_bytes = max(memory.cache_bytes(service.model, engine.layout)[0], 1.0) * engine.block_size
     mixers = tuple(dict.fromkeys(layer.mixer for layer in service.model.layers if layer.mixer))
-    drafts = engine.num_speculative_tokens
+    drafts, is_memoised = engine.num_speculative_tokens, engine.routing == "memoised" or not service.model.moe_layers
     return Rules(
         engine.max_num_seqs, engine.max_num_batched_tokens, engine.enable_chunked_prefill,
         engine.long_prefill_token_threshold, engine.scheduler == "sglang", engine.scheduling_policy == "priority",
@@ -44,7 +45,7 @@ def rules_of(service: Service, engine: EngineConfig, is_prefill_only: bool = Fal
         1 + drafts, np.full(drafts, constant_rate(engine.acceptance_length, drafts) if drafts else 0.0),
         engine.pipeline_parallel_size,
         np.array([math.inf if mixer.window is None else mixer.window for mixer in mixers]),
-        engine.routing == "memoised",
+        is_memoised, LEAP if is_memoised and not drafts and engine.pipeline_parallel_size == 1 else 1,
     )  # fmt: skip
 
 

@@ -138,7 +138,8 @@ def remembered_step(prices, work, scratch):  # type: ignore[no-untyped-def]
     g = below(memo.tokens_G, tokens_D.sum())
     work.imbalance[0] += memo.imbalance_GW[g, sample]
     work.imbalance[1] += 1
-    if scratch.turn[0] % LOAD_EVERY == 0:
-        _remember_load(prices, work, sample)
     scratch.turn[0] += 1
+    if scratch.turn[0] // LOAD_EVERY > scratch.turn[1]:
+        scratch.turn[1] = scratch.turn[0] // LOAD_EVERY
+        _remember_load(prices, work, sample)
     return total_s

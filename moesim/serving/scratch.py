@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.serving.prices import BY_CHOICE, BY_NODE, BY_RANK, NO_EXCHANGE, Prices
+from moesim.serving.work import PARTS
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -18,7 +19,9 @@ class Scratch(NamedTuple):
 
     stage_s_S: seconds of the last iteration in each pipeline stage; they add up to it.
     op_s_OD: seconds of each operation in each group, attention with its scores, and last of O the head.
-    turn: [iterations priced].
+    turn: [iterations priced, and how often their load was added to the slots].
+    parts_P: exposed seconds before the last iteration.
+    last_s: [seconds of it in the first stage].
     """
 
     stage_s_S: Floats
@@ -40,6 +43,8 @@ class Scratch(NamedTuple):
     combine_s_LR: Floats
     segment_s_HD: Floats
     turn: Ints
+    parts_P: Floats
+    last_s: Floats
 
 
 def empty_scratch(prices: Prices, num_groups: int, most_tokens: int) -> Scratch:
@@ -61,5 +66,6 @@ def empty_scratch(prices: Prices, num_groups: int, most_tokens: int) -> Scratch:
         sent_LRN=np.zeros((num_moe, num_sent, num_nodes), np.int32),
         stamp_LR=np.zeros(shape, np.int32), traffic_CLR=np.zeros((4, *shape), np.int32),
         experts_s_LR=np.zeros(shape), dispatch_s_LR=np.zeros(shape), combine_s_LR=np.zeros(shape),
-        segment_s_HD=np.zeros((len(prices.memo.segment_HO), num_groups)), turn=np.zeros(1, np.int64),
+        segment_s_HD=np.zeros((len(prices.memo.segment_HO), num_groups)), turn=np.zeros(2, np.int64),
+        parts_P=np.zeros(len(PARTS)), last_s=np.zeros(1),
     )  # fmt: skip

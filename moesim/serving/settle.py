@@ -37,11 +37,11 @@ def finish_request(book, groups, rules, d, q, now_s):  # type: ignore[no-untyped
 
 @njit(cache=True)
 def settle(book, groups, rules, group_Q, batch, now_s):  # type: ignore[no-untyped-def]
-    """An iteration is over: tokens are out, whole prefix blocks are shared, requests that are done leave.
+    """An iteration (or several that are alike) is over: tokens are out, whole prefix blocks are shared, requests that are done leave.
 
     Returns the tokens that came out.
     """
-    came_out = 0
+    came_out, times, step_s = 0, groups.times_P[batch], groups.step_s_P[batch]
     for n in range(groups.size_P[batch]):
         q, tokens = groups.batch_PN[batch, n], groups.take_PN[batch, n]
         groups.is_busy_Q[q] = False
@@ -49,7 +49,9 @@ def settle(book, groups, rules, group_Q, batch, now_s):  # type: ignore[no-untyp
         is_decoding = book.computed_Q[q] == total - 1 and book.generated_Q[q] > 0
         gained = 0
         if is_decoding:
-            gained = 1 + min(_accepted(rules, q, book.generated_Q[q]), tokens - 1) if rules.queries > 1 else 1
+            gained = times
+            if rules.queries > 1:
+                gained = 1 + min(_accepted(rules, q, book.generated_Q[q]), tokens - 1)
             book.computed_Q[q] += gained
         else:
             book.computed_Q[q] += tokens
@@ -61,7 +63,9 @@ def settle(book, groups, rules, group_Q, batch, now_s):  # type: ignore[no-untyp
         came_out += gained
         book.generated_Q[q] += gained
         if book.first_s_Q[q] >= 0:
-            gap_s = now_s - book.last_s_Q[q]
+            gap_s = now_s - (times - 1) * step_s - book.last_s_Q[q]
+            if times > 1:
+                book.itl_counts[_bin(step_s, book.itl_counts.size)] += times - 1
             book.worst_gap_s_Q[q] = max(book.worst_gap_s_Q[q], gap_s)
             book.itl_counts[_bin(gap_s, book.itl_counts.size)] += 1
         else:

@@ -100,6 +100,7 @@ class Rules(NamedTuple):
         num_stages: pipeline stages, as many batches are on the way at once.
         window_V: of each kind of layer, the most tokens that attention looks back on.
         is_memoised: whether rows of the trace are not needed.
+        leap: iterations that may be played as one, see `moesim.serving.leap`.
     """
 
     max_num_seqs: int
@@ -122,6 +123,7 @@ class Rules(NamedTuple):
     num_stages: int
     window_V: Floats
     is_memoised: bool
+    leap: int
 
 
 class Groups(NamedTuple):
@@ -140,6 +142,7 @@ class Groups(NamedTuple):
         ratio_D: SGLang's belief of how much of what is left of the answers will be generated.
         batch_PN, take_PN, size_P, finish_s_P, stage_free_S: batches on the way (as many as stages): requests, tokens of
             each, how many requests, when it is done; when each stage is free.
+        times_P, step_s_P: iterations that such a batch stands for, and seconds of each (of its first stage).
         is_busy_Q: of requests, whether one is in such a batch.
         done: [how many, then the numbers of] requests that left since they were last asked for.
     """
@@ -167,6 +170,8 @@ class Groups(NamedTuple):
     size_P: Ints
     finish_s_P: Floats
     stage_free_S: Floats
+    times_P: Ints
+    step_s_P: Floats
     is_busy_Q: NDArray[np.bool_]
     done: Ints
 
@@ -190,7 +195,7 @@ def open_groups(rules: Rules, num_groups: int, num_requests: int, num_units: int
         chains() if rules.host_blocks else chains()[:, :1] * 0, chains() if rules.host_blocks else chains()[:, :1] * 0,
         ints() + rules.host_blocks, ints(), ints(), np.zeros(num_groups), np.full(num_groups, RATIO_FIRST),
         np.zeros((stages, most), np.int64), np.zeros((stages, most), np.int64), np.zeros(stages, np.int64),
-        np.full(stages, np.inf), np.zeros(stages), np.zeros(num_requests, np.bool_),
+        np.full(stages, np.inf), np.zeros(stages), np.ones(stages, np.int64), np.zeros(stages), np.zeros(num_requests, np.bool_),
         np.zeros(num_requests + 1, np.int64),
     )  # fmt: skip
 
