@@ -8,8 +8,8 @@ import numpy as np
 from numba import njit
 
 from moesim.serving.blocks import cached_units
+from moesim.serving.leap import count, leap, note_step
 from moesim.serving.schedule import schedule_vllm
-from moesim.serving.leap import leap, that_fit
 from moesim.serving.settle import settle
 from moesim.serving.sglang import schedule_sglang
 from moesim.serving.state import WINDOWS
@@ -133,7 +133,7 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
         first = _first_done(groups)
         if free >= 0 and groups.stage_free_S[0] <= now_s and _schedule(book, groups, rules, free, now_s):
             most -= _start(
-                book, groups, rules, group_Q, prices, work, scratch, timeline, free, now_s, until_s, most
+                book, groups, rules, group_Q, prices, work, scratch, timeline, free, now_s, most
             )  # fmt: skip
             if groups.size_P.size > 1:
                 continue
@@ -159,36 +159,29 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
 
 
 @njit(cache=True)
-def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch, now_s, until_s, most):  # type: ignore[no-untyped-def]
+def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch, now_s, most):  # type: ignore[no-untyped-def]
     """Send a batch through the stages; as how many iterations (see `leap`)."""
     _fill(book, groups, rules, group_Q, batch, work)
     copy_s = 0.0
     for d in range(groups.copy_s_D.size):
         copy_s = max(copy_s, groups.copy_s_D[d])
         groups.copy_s_D[d] = 0.0
-    left_s = until_s - now_s - copy_s
-    times = leap(book, groups, rules, group_Q, batch, work, scratch.last_s[0], left_s, most)
-    before = work.imbalance[0], work.imbalance[1]
+    times = leap(book, groups, rules, group_Q, batch, work, most)
     scratch.parts_P[:] = work.parts_P
+    scratch.imbalance[:] = work.imbalance
     price_step(prices, work, scratch)
-    times = that_fit(times, scratch.stage_s_S[0], left_s)
-    if times > 1:
-        scratch.turn[0] += times - 1
-        work.imbalance[0] += (times - 1) * (work.imbalance[0] - before[0])
-        work.imbalance[1] += times - 1
-        for part in range(work.parts_P.size):
-            work.parts_P[part] += (times - 1) * (work.parts_P[part] - scratch.parts_P[part])
-    scratch.last_s[0] = scratch.stage_s_S[0]
+    for part in range(work.parts_P.size):  # what is summed up counts the iteration once; keep how much that is
+        scratch.parts_P[part] = work.parts_P[part] - scratch.parts_P[part]
+    scratch.imbalance[0] = work.imbalance[0] - scratch.imbalance[0]
+    scratch.imbalance[1] = work.imbalance[1] - scratch.imbalance[1]
+    count(work, scratch, timeline, now_s, times - 1)
     groups.times_P[batch], groups.step_s_P[batch] = times, scratch.stage_s_S[0]
     at_s = now_s + copy_s
     for s in range(groups.stage_free_S.size):
         at_s = max(at_s, groups.stage_free_S[s]) + times * scratch.stage_s_S[s]
         groups.stage_free_S[s] = at_s
     groups.finish_s_P[batch] = at_s
-    window = min(int(now_s / timeline.width_s[0]), WINDOWS - 1)
-    timeline.sums_WX[window, 4] += work.imbalance[0] - before[0]
-    timeline.sums_WX[window, 5] += work.imbalance[1] - before[1]
-    timeline.sums_WX[window, 6] += times * scratch.stage_s_S.sum() / scratch.stage_s_S.size
+    note_step(scratch, timeline, now_s, 1)
     return times
 
 

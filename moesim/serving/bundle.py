@@ -10,6 +10,7 @@ from numba.experimental import structref
 
 from moesim.serving.advance import advance, prefix_tokens, tokens_at
 from moesim.serving.blocks import release
+from moesim.serving.leap import cut
 from moesim.serving.schedule import enqueue
 
 
@@ -55,6 +56,12 @@ def enqueue_in(b, d, q):  # type: ignore[no-untyped-def]
 def release_in(b, d, q):  # type: ignore[no-untyped-def]
     """See `release`."""
     release(b.book, b.groups, b.rules, d, q)
+
+
+@njit(cache=True)
+def cut_in(b, now_s):  # type: ignore[no-untyped-def]
+    """See `cut`."""
+    return cut(b.groups, b.work, b.scratch, b.timeline, now_s)
 
 
 @njit(cache=True)

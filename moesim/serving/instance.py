@@ -12,7 +12,7 @@ from moesim.costs import memory
 from moesim.costs.operators import Operators
 from moesim.files.acceptance import constant_rate
 from moesim.service import EngineConfig, Service, kv_tokens
-from moesim.serving.bundle import advance_bundle, bundled, enqueue_in, release_in
+from moesim.serving.bundle import advance_bundle, bundled, cut_in, enqueue_in, release_in
 from moesim.serving.leap import LEAP
 from moesim.serving.memo import memoised
 from moesim.serving.prices import NO_EXCHANGE, Prices
@@ -110,13 +110,13 @@ class Instance:
 
     def send(self, q: int, group: int, now_s: float) -> None:
         """Put a request in a group's queue."""
-        self._come_to(now_s)
+        self.come_to(now_s)
         self.group_Q[q] = group
         enqueue_in(self.bundle, group, q)
 
     def forget(self, q: int, group: int, now_s: float) -> None:
         """Give the blocks of a request back whose cache has been fetched."""
-        self._come_to(now_s)
+        self.come_to(now_s)
         release_in(self.bundle, group, q)
 
     def left(self) -> list[int]:
@@ -128,7 +128,7 @@ class Instance:
 
     def lose(self, q_N: Ints, now_s: float) -> None:
         """Lose everything: these are the requests that it has, each of which will be computed anew."""
-        self._come_to(now_s)
+        self.come_to(now_s)
         book = self.book
         book.computed_Q[q_N], book.blocks_Q[q_N], book.held_Q[q_N], book.next_Q[q_N] = 0, 0, 0, -1
         book.is_swapped_Q[q_N], book.state_Q[q_N] = False, WAITING
@@ -159,9 +159,14 @@ class Instance:
         """Requests of each group that are running or waiting."""
         return self.groups.num_D + self.groups.waiting_D
 
-    def _come_to(self, now_s: float) -> None:
-        """Note what it held until now, and look at its queues again as soon as it can."""
+    def come_to(self, now_s: float) -> None:
+        """Note what it held until now, as something comes; look at its queues again as soon as it can."""
         if self.clock_s < now_s:
             self.run(now_s)
+        if self.rules.leap > 1 and self.next_s > now_s:
+            left = cut_in(self.bundle, now_s)
+            if left:
+                self.num_iterations -= left
+                self.next_s = float(self.groups.finish_s_P[0])
         if self.next_s == math.inf or self.rules.num_stages > 1:
             self.next_s = self.clock_s

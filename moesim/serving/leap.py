@@ -1,4 +1,4 @@
-"""Iterations that are alike, played as one: those that only decode, until somebody comes or leaves.
+"""Iterations that are alike, played as one: those that only decode, until somebody leaves, or comes and cuts them off.
 
 Their price is that of the one in the middle: contexts grow by one token each, in which it is linear but for the corners
 of its tables. Where routing is replayed token by token no two are alike.
@@ -6,19 +6,18 @@ of its tables. Where routing is replayed token by token no two are alike.
 
 from __future__ import annotations
 
-import math
-
 from numba import njit
 
 from moesim.serving.blocks import available, num_blocks, take
+from moesim.serving.state import WINDOWS
 
 LEAP = 32
 """Iterations at most."""
 
 
 @njit(cache=True)
-def leap(book, groups, rules, group_Q, batch, work, about_s, left_s, most):  # type: ignore[no-untyped-def]
-    """How many iterations the batch can stand for, of about so many seconds in the time that is left, at least 1.
+def leap(book, groups, rules, group_Q, batch, work, most):  # type: ignore[no-untyped-def]
+    """How many iterations the batch can stand for, at least 1 and at most `most`.
 
     Takes the blocks that they need, and moves the contexts that are priced to the middle.
     """
@@ -28,8 +27,6 @@ def leap(book, groups, rules, group_Q, batch, work, about_s, left_s, most):  # t
     for d in range(groups.num_D.size):
         if groups.waiting_D[d] > 0 and groups.num_D[d] < rules.max_num_seqs:
             return 1
-    if about_s > 0.0 and left_s < times * about_s:
-        times = int(left_s / about_s)
     for n in range(size):
         q = groups.batch_PN[batch, n]
         times = min(times, book.output_Q[q] - book.generated_Q[q])
@@ -65,10 +62,34 @@ def _grow_all(book, groups, rules, group_Q, batch, times):  # type: ignore[no-un
 
 
 @njit(cache=True)
-def that_fit(times, step_s, left_s):  # type: ignore[no-untyped-def]
-    """As many of the iterations as are over in the time that is left, now that their price is known; at least 1."""
-    if times > 1 and times * step_s > left_s:
-        times = max(int(math.floor(left_s / step_s)), 1)
-        if times > 1 and times * step_s > left_s:
-            times -= 1
-    return times
+def cut(groups, work, scratch, timeline, now_s):  # type: ignore[no-untyped-def]
+    """Somebody comes: of the iterations on their way, those that have not begun do not take place; how many."""
+    times, step_s = groups.times_P[0], groups.step_s_P[0]
+    if groups.size_P[0] == 0 or times <= 1:
+        return 0
+    left = min(int((groups.finish_s_P[0] - now_s) / step_s), times - 1)
+    groups.times_P[0] -= left
+    groups.finish_s_P[0] -= left * step_s
+    groups.stage_free_S[0] = groups.finish_s_P[0]
+    count(work, scratch, timeline, now_s, -left)
+    return left
+
+
+@njit(cache=True)
+def count(work, scratch, timeline, now_s, times):  # type: ignore[no-untyped-def]
+    """Add the last iteration so many times more to all that is summed up."""
+    scratch.turn[0] += times
+    for part in range(work.parts_P.size):
+        work.parts_P[part] += times * scratch.parts_P[part]
+    work.imbalance[0] += times * scratch.imbalance[0]
+    work.imbalance[1] += times * scratch.imbalance[1]
+    note_step(scratch, timeline, now_s, times)
+
+
+@njit(cache=True)
+def note_step(scratch, timeline, now_s, times):  # type: ignore[no-untyped-def]
+    """Add the last iteration so many times to what is sampled over time."""
+    window = min(int(now_s / timeline.width_s[0]), WINDOWS - 1)
+    timeline.sums_WX[window, 4] += times * scratch.imbalance[0]
+    timeline.sums_WX[window, 5] += times * scratch.imbalance[1]
+    timeline.sums_WX[window, 6] += times * scratch.stage_s_S.sum() / scratch.stage_s_S.size

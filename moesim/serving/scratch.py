@@ -20,8 +20,7 @@ class Scratch(NamedTuple):
     stage_s_S: seconds of the last iteration in each pipeline stage; they add up to it.
     op_s_OD: seconds of each operation in each group, attention with its scores, and last of O the head.
     turn: [iterations priced, and how often their load was added to the slots].
-    parts_P: exposed seconds before the last iteration.
-    last_s: [seconds of it in the first stage].
+    parts_P, imbalance: what the last iteration added to those of `StepWork`.
     """
 
     stage_s_S: Floats
@@ -44,7 +43,7 @@ class Scratch(NamedTuple):
     segment_s_HD: Floats
     turn: Ints
     parts_P: Floats
-    last_s: Floats
+    imbalance: Floats
 
 
 def empty_scratch(prices: Prices, num_groups: int, most_tokens: int) -> Scratch:
@@ -67,5 +66,5 @@ def empty_scratch(prices: Prices, num_groups: int, most_tokens: int) -> Scratch:
         stamp_LR=np.zeros(shape, np.int32), traffic_CLR=np.zeros((4, *shape), np.int32),
         experts_s_LR=np.zeros(shape), dispatch_s_LR=np.zeros(shape), combine_s_LR=np.zeros(shape),
         segment_s_HD=np.zeros((len(prices.memo.segment_HO), num_groups)), turn=np.zeros(2, np.int64),
-        parts_P=np.zeros(len(PARTS)), last_s=np.zeros(1),
+        parts_P=np.zeros(len(PARTS)), imbalance=np.zeros(2),
     )  # fmt: skip

@@ -9,6 +9,10 @@ from numba import njit
 from moesim.serving.blocks import publish, release
 from moesim.serving.state import FINISHED, PREFILLED, RATIO_FIRST, RUNNING
 
+RATIO_LAST, RATIO_STEPS = 0.098, 600.0
+"""SGLang's share of an answer's rest that room is kept for falls so far, from `RATIO_FIRST`, in so many decoding
+iterations."""
+
 
 @njit(cache=True)
 def _accepted(rules, q, position):  # type: ignore[no-untyped-def]
@@ -41,7 +45,7 @@ def settle(book, groups, rules, group_Q, batch, now_s):  # type: ignore[no-untyp
 
     Returns the tokens that came out.
     """
-    came_out, times, step_s = 0, groups.times_P[batch], groups.step_s_P[batch]
+    came_out, times, step_s, decoded = 0, groups.times_P[batch], groups.step_s_P[batch], -1
     for n in range(groups.size_P[batch]):
         q, tokens = groups.batch_PN[batch, n], groups.take_PN[batch, n]
         groups.is_busy_Q[q] = False
@@ -53,6 +57,10 @@ def settle(book, groups, rules, group_Q, batch, now_s):  # type: ignore[no-untyp
             if rules.queries > 1:
                 gained = 1 + min(_accepted(rules, q, book.generated_Q[q]), tokens - 1)
             book.computed_Q[q] += gained
+            if rules.is_sglang and d != decoded:
+                decoded = d
+                fall = times * (RATIO_FIRST - RATIO_LAST) / RATIO_STEPS
+                groups.ratio_D[d] = max(groups.ratio_D[d] - fall, RATIO_LAST)
         else:
             book.computed_Q[q] += tokens
             gained = 1 if book.computed_Q[q] == total else 0

@@ -11,10 +11,7 @@ from numba import njit
 
 from moesim.serving.blocks import available, num_blocks
 from moesim.serving.schedule import add, admit, begin, grow, preempt, wanted
-from moesim.serving.state import RATIO_FIRST
 
-RATIO_LAST, RATIO_STEPS = 0.098, 600.0
-"""The share of an answer's rest that room is kept for falls so far, from `RATIO_FIRST`, in so many iterations."""
 MOST_FORESEEN = 4096
 """Room is kept for at most so many tokens of an answer."""
 RETRACT_STEPS = 20
@@ -128,5 +125,4 @@ def schedule_sglang(book, groups, rules, d, batch, now_s):  # type: ignore[no-un
             if need <= book.blocks_Q[q] * rules.block_size or grow(book, groups, rules, d, q, need):
                 add(groups, batch, q, tokens)
                 most -= 1
-    groups.ratio_D[d] = max(groups.ratio_D[d] - (RATIO_FIRST - RATIO_LAST) / RATIO_STEPS, RATIO_LAST)
     return preempted

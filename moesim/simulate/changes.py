@@ -142,6 +142,7 @@ class Changes:
         run, env, instance = self._run, self._env, self._run.instances[fault.instance]
         yield env.timeout(fault.start_s)
         run.catch_up(run.pool_of(instance))
+        instance.come_to(env.now)
         if fault.kind == "slow":
             instance.slow_down(fault.rank, fault.factor, run.service)
         else:
@@ -150,6 +151,7 @@ class Changes:
             return
         yield env.timeout(fault.duration_s)
         run.catch_up(run.pool_of(instance))
+        instance.come_to(env.now)
         if fault.kind == "slow":
             instance.slow_down(fault.rank, 1.0, run.service)
         else:

@@ -275,8 +275,7 @@ class ServiceRun:
     def _wait_until(self, seconds: float) -> None:
         """Some were not answered: they are there until the end."""
         for instance in self.instances:
-            if instance.clock_s < seconds:
-                instance.run(seconds)
+            instance.come_to(seconds)
         since = [since_s for _, since_s in self._backlog] + (self.transfers.since() if self.transfers else [])
         for since_s in since:
             note_held(self._timeline, 0.0, 1.0, 0.0, min(since_s, seconds), seconds)
