@@ -18,8 +18,8 @@ class Fleet:
         num_instances: of the one kind; None makes as many as the machine holds.
         num_prefill_instances, num_decode_instances: where prompts and answers are computed apart, instead.
         router, decode_router: names of `ROUTERS`: who gets a request, and who its answer where that is apart.
-        overlaps_transfer: whether the cache of each layer travels as soon as it is computed, rather than all of it after
-            the prompt.
+        overlaps_transfer: whether the cache of each layer travels as soon as it is computed, rather than all of it
+            after the prompt.
         autoscaling: when instances (that are not disaggregated) come and go.
         faults: what goes wrong; instances are numbered, those that prefill first.
         usd_per_device_hour: what a device costs; None takes what is assumed of its kind

@@ -221,8 +221,8 @@ class Service:
             return [
                 f"{name}: no room for a KV cache on one {device.name}: {engine.gpu_memory_utilization} of "
                 f"{device.memory.capacity_bytes / gib:.1f} GiB, of which weights and activations take "
-                f"{used[0] / gib:.1f} and windows and states of max_num_seqs requests {used[1] / gib:.1f} GiB; use more "
-                "ranks, fewer max_num_seqs or max_num_batched_tokens, or a smaller dtype"
+                f"{used[0] / gib:.1f} and windows and states of max_num_seqs requests {used[1] / gib:.1f} GiB; use "
+                "more ranks, fewer max_num_seqs or max_num_batched_tokens, or a smaller dtype"
             ]
         limit = engine.max_model_len
         if limit is not None and limit > tokens:

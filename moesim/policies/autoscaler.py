@@ -130,7 +130,7 @@ class TargetUtilisation:
         """Decisions of one run."""
 
         def desired(load: FleetLoad) -> int:
-            ratio = getattr(load, METRICS[config.metric]) * load.up / max(load.wanted, 1) / config.target
+            ratio = float(getattr(load, METRICS[config.metric])) * load.up / max(load.wanted, 1) / config.target
             if abs(ratio - 1) <= self.tolerance + 1e-9:
                 return load.wanted
             return math.ceil(load.wanted * ratio - 1e-9)

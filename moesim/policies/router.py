@@ -311,7 +311,7 @@ class OracleLeastWork:
         return lambda arrival: view.least(view.work_tokens_ID)
 
 
-ROUTERS: dict[str, Callable[[], Router]] = {
+ROUTERS: dict[str, type[Router]] = {
     "round_robin": RoundRobin,
     "random": Random,
     "power_of_two_choices": PowerOfTwoChoices,

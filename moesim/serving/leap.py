@@ -1,4 +1,4 @@
-"""Iterations that are alike, played as one: those that only decode, until somebody leaves, or comes and cuts them off.
+"""Iterations that are alike, played as one: those that only decode, until somebody leaves, or comes.
 
 Their price is that of the one in the middle: contexts grow by one token each, in which it is linear but for the corners
 of its tables. Where routing is replayed token by token no two are alike.

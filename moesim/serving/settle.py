@@ -41,7 +41,7 @@ def finish_request(book, groups, rules, d, q, now_s):  # type: ignore[no-untyped
 
 @njit(cache=True)
 def settle(book, groups, rules, group_Q, batch, now_s):  # type: ignore[no-untyped-def]
-    """An iteration (or several that are alike) is over: tokens are out, whole prefix blocks are shared, requests that are done leave.
+    """Iterations (one, or several alike) are over: tokens are out, whole prefix blocks shared, who is done leaves.
 
     Returns the tokens that came out.
     """

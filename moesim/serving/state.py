@@ -195,8 +195,8 @@ def open_groups(rules: Rules, num_groups: int, num_requests: int, num_units: int
         chains() if rules.host_blocks else chains()[:, :1] * 0, chains() if rules.host_blocks else chains()[:, :1] * 0,
         ints() + rules.host_blocks, ints(), ints(), np.zeros(num_groups), np.full(num_groups, RATIO_FIRST),
         np.zeros((stages, most), np.int64), np.zeros((stages, most), np.int64), np.zeros(stages, np.int64),
-        np.full(stages, np.inf), np.zeros(stages), np.ones(stages, np.int64), np.zeros(stages), np.zeros(num_requests, np.bool_),
-        np.zeros(num_requests + 1, np.int64),
+        np.full(stages, np.inf), np.zeros(stages), np.ones(stages, np.int64), np.zeros(stages),
+        np.zeros(num_requests, np.bool_), np.zeros(num_requests + 1, np.int64),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ output_tokens = 256
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -108,6 +109,7 @@ class RequestsSpec:
 
     def _ranges(self) -> list[str]:
         above = ("rate_per_s", "cv", "burst_s", "diurnal_period_s", "duration_s", "rate_scale")
+        rules: dict[str, tuple[Callable[[float], bool], str]]
         rules = {key: (lambda x: 0 < x < math.inf, "above 0") for key in above}
         rules |= {key: (lambda x: x >= 1, "at least 1") for key in ("num_requests", "concurrency", "burst_ratio")}
         rules |= {key: (lambda x: 0 <= x < math.inf, "0 or more") for key in ("think_s", "start_s")}
