@@ -13,7 +13,7 @@ from serving_cases import small_service
 
 from moesim.files.acceptance import constant_rate
 from moesim.service import EngineConfig
-from moesim.serving.bundle import prefix_tokens_in, tokens_in
+from moesim.serving.advance import prefix_tokens, tokens_at
 from moesim.serving.state import FINISHED, PREFILLED
 
 
@@ -267,13 +267,13 @@ def test_what_a_router_sees():
     rules = rules_of(max_num_batched_tokens=64, **PREFIXES)
     played = Played(requests, rules, stop_ms=60)
     waiting_D, held_D, work_D, found_D = np.full((4, 1), -1)
-    tokens_in(played.instance.bundle, waiting_D, held_D, work_D)
+    tokens_at(played.instance.bundle, waiting_D, held_D, work_D)
     assert (waiting_D[0], held_D[0], work_D[0]) == (100 + 13, 64, 113 + 5)  # the first chunk is not over
-    prefix_tokens_in(played.instance.bundle, 1, found_D)
+    prefix_tokens(played.instance.bundle, 1, found_D)
     assert found_D[0] == 0 and played.instance.unfinished_D.tolist() == [2]
     played.until(80 * MS)  # the other 36, and 5 after what both have in common
-    tokens_in(played.instance.bundle, waiting_D, held_D, work_D)
-    prefix_tokens_in(played.instance.bundle, 1, found_D)
+    tokens_at(played.instance.bundle, waiting_D, held_D, work_D)
+    prefix_tokens(played.instance.bundle, 1, found_D)
     assert (waiting_D[0], held_D[0], found_D[0]) == (36 + 5, 100 + 8, 8)
 
 

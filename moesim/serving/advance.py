@@ -17,8 +17,9 @@ from moesim.serving.step import price_step
 
 
 @njit(cache=True)
-def _fill(book, groups, rules, group_Q, batch, work):  # type: ignore[no-untyped-def]
+def _fill(b, batch):  # type: ignore[no-untyped-def]
     """What an iteration computes, as pricing wants it."""
+    book, groups, rules, group_Q, work = b.book, b.groups, b.rules, b.group_Q, b.work
     work.tokens_D[:] = 0
     work.heads_D[:] = 0
     work.decodes_D[:] = 0
@@ -54,8 +55,9 @@ def _fill(book, groups, rules, group_Q, batch, work):  # type: ignore[no-untyped
 
 
 @njit(cache=True)
-def _schedule(book, groups, rules, batch, now_s):  # type: ignore[no-untyped-def]
+def _schedule(b, batch, now_s):  # type: ignore[no-untyped-def]
     """Fill a batch; a group that only sent requests back tries again. Whether anything is in it."""
+    book, groups, rules = b.book, b.groups, b.rules
     groups.size_P[batch] = 0
     for d in range(groups.num_D.size):
         size, again = groups.size_P[batch], groups.num_D[d] > 0 or groups.waiting_D[d] > 0
@@ -89,14 +91,15 @@ def note_held(timeline, running, waiting, kv_tokens, start_s, end_s):  # type: i
 
 
 @njit(cache=True)
-def _note(timeline, groups, rules, start_s, end_s):  # type: ignore[no-untyped-def]
+def _note(b, start_s, end_s):  # type: ignore[no-untyped-def]
     """Add what an instance holds, from one time to another, to the windows between them."""
+    groups, rules = b.groups, b.rules
     running, waiting, used = 0.0, 0.0, 0.0
     for d in range(groups.num_D.size):
         running += groups.num_D[d]
         waiting += groups.waiting_D[d]
         used += rules.num_blocks - groups.free_D[d] - groups.idle_D[d] * rules.unit_blocks
-    return note_held(timeline, running, waiting, used * rules.block_size, start_s, end_s)
+    return note_held(b.timeline, running, waiting, used * rules.block_size, start_s, end_s)
 
 
 @njit(cache=True)
@@ -110,8 +113,8 @@ def _first_done(groups):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
-    """Play an instance up to a time: iterations that begin before it begin, those that are over by then are settled.
+def advance(b, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
+    """Play an instance (its `Bundle`) up to a time: iterations that begin before it begin, those that are over by then are settled.
 
     With pipeline stages, as many batches are on the way at once: one enters when the first stage is free, and a stage
     takes a batch when it has it from the one before and is done with its last one.
@@ -124,17 +127,15 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
         The time that was come to (where nothing is to be done and `until_s` is infinite, since when that is so); when
         something happens next, infinity if nothing does before something new comes; how many iterations began.
     """
-    first_most = most
+    groups, first_most = b.groups, most
     while now_s < until_s and most > 0:
         free = np.int64(-1)  # a literal would compile all that it is given to twice
         for p in range(groups.size_P.size):
             if groups.finish_s_P[p] == math.inf:
                 free = np.int64(p)
         first = _first_done(groups)
-        if free >= 0 and groups.stage_free_S[0] <= now_s and _schedule(book, groups, rules, free, now_s):
-            most -= _start(
-                book, groups, rules, group_Q, prices, work, scratch, timeline, free, now_s, most
-            )  # fmt: skip
+        if free >= 0 and groups.stage_free_S[0] <= now_s and _schedule(b, free, now_s):
+            most -= _start(b, free, now_s, most)
             if groups.size_P.size > 1:
                 continue
             first = free
@@ -145,13 +146,13 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
                 next_s = min(next_s, groups.stage_free_S[0])
         if next_s > until_s or next_s == math.inf:
             if until_s < math.inf:
-                _note(timeline, groups, rules, now_s, until_s)
+                _note(b, now_s, until_s)
                 now_s = until_s
             return now_s, next_s, first_most - most
-        window = _note(timeline, groups, rules, now_s, next_s)
+        window = _note(b, now_s, next_s)
         now_s = next_s
         if groups.finish_s_P[first] <= now_s:
-            timeline.sums_WX[window, 3] += settle(book, groups, rules, group_Q, first, now_s)
+            b.timeline.sums_WX[window, 3] += settle(b.book, groups, b.rules, b.group_Q, first, now_s)
             groups.finish_s_P[first] = math.inf
             if stops and groups.done[0] > 0:
                 break
@@ -159,17 +160,18 @@ def advance(book, groups, rules, group_Q, prices, work, scratch, timeline, now_s
 
 
 @njit(cache=True)
-def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch, now_s, most):  # type: ignore[no-untyped-def]
+def _start(b, batch, now_s, most):  # type: ignore[no-untyped-def]
     """Send a batch through the stages; as how many iterations (see `leap`)."""
-    _fill(book, groups, rules, group_Q, batch, work)
+    groups, work, scratch, timeline = b.groups, b.work, b.scratch, b.timeline
+    _fill(b, batch)
     copy_s = 0.0
     for d in range(groups.copy_s_D.size):
         copy_s = max(copy_s, groups.copy_s_D[d])
         groups.copy_s_D[d] = 0.0
-    times = leap(book, groups, rules, group_Q, batch, work, most)
+    times = leap(b.book, groups, b.rules, b.group_Q, batch, work, most)
     scratch.parts_P[:] = work.parts_P
     scratch.imbalance[:] = work.imbalance
-    price_step(prices, work, scratch)
+    price_step(b.prices, work, scratch)
     for part in range(work.parts_P.size):  # what is summed up counts the iteration once; keep how much that is
         scratch.parts_P[part] = work.parts_P[part] - scratch.parts_P[part]
     scratch.imbalance[0] = work.imbalance[0] - scratch.imbalance[0]
@@ -186,8 +188,9 @@ def _start(book, groups, rules, group_Q, prices, work, scratch, timeline, batch,
 
 
 @njit(cache=True)
-def tokens_at(book, groups, rules, waiting_D, held_D, work_D):  # type: ignore[no-untyped-def]
+def tokens_at(b, waiting_D, held_D, work_D):  # type: ignore[no-untyped-def]
     """Of each group: prompt tokens still to be computed; tokens in its cache; all tokens still to be computed."""
+    book, groups, rules = b.book, b.groups, b.rules
     for d in range(groups.num_D.size):
         waiting_D[d], work_D[d] = 0, 0
         held_D[d] = (rules.num_blocks - groups.free_D[d] - groups.idle_D[d] * rules.unit_blocks) * rules.block_size
@@ -204,7 +207,8 @@ def tokens_at(book, groups, rules, waiting_D, held_D, work_D):  # type: ignore[n
 
 
 @njit(cache=True)
-def prefix_tokens(book, groups, rules, q, found_D):  # type: ignore[no-untyped-def]
+def prefix_tokens(b, q, found_D):  # type: ignore[no-untyped-def]
     """Tokens of a request's prompt that each group holds."""
+    book, groups, rules = b.book, b.groups, b.rules
     for d in range(groups.num_D.size):
         found_D[d] = cached_units(book, groups, rules, d, q) * rules.unit_tokens

@@ -8,7 +8,6 @@ from __future__ import annotations
 from numba import njit, types
 from numba.experimental import structref
 
-from moesim.serving.advance import advance, prefix_tokens, tokens_at
 from moesim.serving.blocks import release
 from moesim.serving.leap import cut
 from moesim.serving.schedule import enqueue
@@ -39,14 +38,6 @@ def bundled(book, groups, rules, group_Q, prices, work, scratch, timeline):  # t
 
 
 @njit(cache=True)
-def advance_bundle(b, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
-    """See `advance`."""
-    return advance(
-        b.book, b.groups, b.rules, b.group_Q, b.prices, b.work, b.scratch, b.timeline, now_s, until_s, most, stops
-    )
-
-
-@njit(cache=True)
 def enqueue_in(b, d, q):  # type: ignore[no-untyped-def]
     """See `enqueue`."""
     enqueue(b.book, b.groups, b.rules, d, q)
@@ -62,15 +53,3 @@ def release_in(b, d, q):  # type: ignore[no-untyped-def]
 def cut_in(b, now_s):  # type: ignore[no-untyped-def]
     """See `cut`."""
     return cut(b.groups, b.work, b.scratch, b.timeline, now_s)
-
-
-@njit(cache=True)
-def tokens_in(b, waiting_D, held_D, work_D):  # type: ignore[no-untyped-def]
-    """See `tokens_at`."""
-    tokens_at(b.book, b.groups, b.rules, waiting_D, held_D, work_D)
-
-
-@njit(cache=True)
-def prefix_tokens_in(b, q, found_D):  # type: ignore[no-untyped-def]
-    """See `prefix_tokens`."""
-    prefix_tokens(b.book, b.groups, b.rules, q, found_D)

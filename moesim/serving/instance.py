@@ -12,7 +12,8 @@ from moesim.costs import memory
 from moesim.costs.operators import Operators
 from moesim.files.acceptance import constant_rate
 from moesim.service import EngineConfig, Service, kv_tokens
-from moesim.serving.bundle import advance_bundle, bundled, cut_in, enqueue_in, release_in
+from moesim.serving.advance import advance
+from moesim.serving.bundle import bundled, cut_in, enqueue_in, release_in
 from moesim.serving.leap import LEAP
 from moesim.serving.memo import memoised
 from moesim.serving.prices import NO_EXCHANGE, Prices
@@ -105,7 +106,7 @@ class Instance:
 
     def run(self, until_s: float, stops: bool = False, most: int = MOST) -> None:
         """Play it up to a time, at most so many iterations; with `stops`, or until a request leaves. See `advance`."""
-        self.clock_s, self.next_s, begun = advance_bundle(self.bundle, self.clock_s, until_s, most, stops)
+        self.clock_s, self.next_s, begun = advance(self.bundle, self.clock_s, until_s, most, stops)
         self.num_iterations += begun
 
     def send(self, q: int, group: int, now_s: float) -> None:

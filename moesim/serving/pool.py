@@ -11,7 +11,7 @@ from moesim.policies.router import ROUTERS, Arrival, RouterView, expert_votes
 from moesim.requests import Requests
 from moesim.routing.streams import Streams, clusters
 from moesim.routing.trace import RoutingTrace
-from moesim.serving.bundle import prefix_tokens_in, tokens_in
+from moesim.serving.advance import prefix_tokens, tokens_at
 from moesim.serving.instance import Instance
 
 Floats = NDArray[np.float64]
@@ -57,13 +57,13 @@ class Pool:
         i, view, groups = instance.number - self.instances[0].number, self.view, instance.groups
         view.waiting_ID[i], view.running_ID[i] = groups.waiting_D, groups.num_D
         if self._needs_tokens:
-            tokens_in(instance.bundle, view.waiting_tokens_ID[i], view.kv_tokens_ID[i], view.work_tokens_ID[i])
+            tokens_at(instance.bundle, view.waiting_tokens_ID[i], view.kv_tokens_ID[i], view.work_tokens_ID[i])
 
     def _cached_tokens(self, q: int) -> Ints:
         found_ID = np.zeros(self.view.waiting_ID.shape, np.int64)
         for i, instance in enumerate(self.instances):
             if instance.rules.has_prefixes:
-                prefix_tokens_in(instance.bundle, q, found_ID[i])
+                prefix_tokens(instance.bundle, q, found_ID[i])
         return found_ID
 
 
