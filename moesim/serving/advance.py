@@ -57,15 +57,12 @@ def _fill(b, batch):  # type: ignore[no-untyped-def]
 @njit(cache=True)
 def _schedule(b, batch, now_s):  # type: ignore[no-untyped-def]
     """Fill a batch; a group that only sent requests back tries again. Whether anything is in it."""
-    book, groups, rules = b.book, b.groups, b.rules
+    groups, is_sglang = b.groups, b.rules.is_sglang
     groups.size_P[batch] = 0
     for d in range(groups.num_D.size):
         size, again = groups.size_P[batch], groups.num_D[d] > 0 or groups.waiting_D[d] > 0
         while again and groups.size_P[batch] == size:
-            if rules.is_sglang:
-                again = schedule_sglang(book, groups, rules, d, batch, now_s)
-            else:
-                again = schedule_vllm(book, groups, rules, d, batch, now_s)
+            again = schedule_sglang(b, d, batch, now_s) if is_sglang else schedule_vllm(b, d, batch, now_s)
     return groups.size_P[batch] > 0
 
 
@@ -103,8 +100,9 @@ def _note(b, start_s, end_s):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _first_done(groups):  # type: ignore[no-untyped-def]
+def _first_done(b):  # type: ignore[no-untyped-def]
     """The batch that is done first, -1 if none is on the way."""
+    groups = b.groups
     found = -1
     for p in range(groups.size_P.size):
         if groups.finish_s_P[p] < math.inf and (found < 0 or groups.finish_s_P[p] < groups.finish_s_P[found]):
@@ -114,7 +112,7 @@ def _first_done(groups):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def advance(b, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
-    """Play an instance (its `Bundle`) up to a time: iterations that begin before it begin, those that are over by then are settled.
+    """Play an instance (its `Bundle`) up to a time: iterations before it begin, those over are settled.
 
     With pipeline stages, as many batches are on the way at once: one enters when the first stage is free, and a stage
     takes a batch when it has it from the one before and is done with its last one.
@@ -133,7 +131,7 @@ def advance(b, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
         for p in range(groups.size_P.size):
             if groups.finish_s_P[p] == math.inf:
                 free = np.int64(p)
-        first = _first_done(groups)
+        first = _first_done(b)
         if free >= 0 and groups.stage_free_S[0] <= now_s and _schedule(b, free, now_s):
             most -= _start(b, free, now_s, most)
             if groups.size_P.size > 1:
@@ -152,7 +150,7 @@ def advance(b, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
         window = _note(b, now_s, next_s)
         now_s = next_s
         if groups.finish_s_P[first] <= now_s:
-            b.timeline.sums_WX[window, 3] += settle(b.book, groups, b.rules, b.group_Q, first, now_s)
+            b.timeline.sums_WX[window, 3] += settle(b, first, now_s)
             groups.finish_s_P[first] = math.inf
             if stops and groups.done[0] > 0:
                 break
@@ -168,7 +166,7 @@ def _start(b, batch, now_s, most):  # type: ignore[no-untyped-def]
     for d in range(groups.copy_s_D.size):
         copy_s = max(copy_s, groups.copy_s_D[d])
         groups.copy_s_D[d] = 0.0
-    times = leap(b.book, groups, b.rules, b.group_Q, batch, work, most)
+    times = leap(b, batch, most)
     scratch.parts_P[:] = work.parts_P
     scratch.imbalance[:] = work.imbalance
     price_step(b.prices, work, scratch)
@@ -209,6 +207,5 @@ def tokens_at(b, waiting_D, held_D, work_D):  # type: ignore[no-untyped-def]
 @njit(cache=True)
 def prefix_tokens(b, q, found_D):  # type: ignore[no-untyped-def]
     """Tokens of a request's prompt that each group holds."""
-    book, groups, rules = b.book, b.groups, b.rules
-    for d in range(groups.num_D.size):
-        found_D[d] = cached_units(book, groups, rules, d, q) * rules.unit_tokens
+    for d in range(found_D.size):
+        found_D[d] = cached_units(b, d, q) * b.rules.unit_tokens

@@ -36,14 +36,16 @@ def _unlink(before_U, after_U, unit):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def available(groups, rules, d):  # type: ignore[no-untyped-def]
+def available(b, d):  # type: ignore[no-untyped-def]
     """Blocks that could be taken: empty ones, and those of idle prefix blocks."""
+    groups, rules = b.groups, b.rules
     return groups.free_D[d] + groups.idle_D[d] * rules.unit_blocks
 
 
 @njit(cache=True)
-def make_host_room(groups, rules, d, blocks):  # type: ignore[no-untyped-def]
+def make_host_room(b, d, blocks):  # type: ignore[no-untyped-def]
     """Drop the prefix blocks that came to host memory first until so many blocks are free; whether they are."""
+    groups, rules = b.groups, b.rules
     if groups.host_free_D[d] + groups.hosted_D[d] * rules.unit_blocks < blocks:
         return False
     while groups.host_free_D[d] < blocks:
@@ -56,13 +58,14 @@ def make_host_room(groups, rules, d, blocks):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _keep_on_host(groups, rules, d, unit):  # type: ignore[no-untyped-def]
+def _keep_on_host(b, d, unit):  # type: ignore[no-untyped-def]
     """Copy an evicted prefix block to host memory, as the last to come; those that came first make room for it."""
+    groups, rules = b.groups, b.rules
     if rules.host_blocks == 0:
         return
     if groups.hosted_DU[d, unit] >= 0:
         _unlink(groups.host_before_DU[d], groups.host_after_DU[d], unit)
-    elif make_host_room(groups, rules, d, rules.unit_blocks):
+    elif make_host_room(b, d, rules.unit_blocks):
         groups.hosted_DU[d, unit] = 1
         groups.hosted_D[d] += 1
         groups.host_free_D[d] -= rules.unit_blocks
@@ -72,8 +75,9 @@ def _keep_on_host(groups, rules, d, unit):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def take(groups, rules, d, number):  # type: ignore[no-untyped-def]
+def take(b, d, number):  # type: ignore[no-untyped-def]
     """Take blocks that are `available`; idle prefix blocks go, the longest idle first."""
+    groups, rules = b.groups, b.rules
     groups.free_D[d] -= number
     while groups.free_D[d] < 0:
         end = groups.after_DU.shape[1] - 1
@@ -82,15 +86,16 @@ def take(groups, rules, d, number):  # type: ignore[no-untyped-def]
         groups.users_DU[d, oldest] = -1
         groups.idle_D[d] -= 1
         groups.free_D[d] += rules.unit_blocks
-        _keep_on_host(groups, rules, d, oldest)
+        _keep_on_host(b, d, oldest)
 
 
 @njit(cache=True)
-def cached_units(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
+def cached_units(b, d, q):  # type: ignore[no-untyped-def]
     """How many of the first prefix blocks of a request are there, on the device or in host memory.
 
     At least one token of a request is always computed.
     """
+    book, groups, rules = b.book, b.groups, b.rules
     if not rules.has_prefixes:
         return 0
     first, most = book.block_start_Q[q], (book.prompt_Q[q] + book.generated_Q[q] - 1) // rules.unit_tokens
@@ -105,11 +110,12 @@ def cached_units(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def share(book, groups, rules, d, q, units):  # type: ignore[no-untyped-def]
+def share(b, d, q, units):  # type: ignore[no-untyped-def]
     """Use so many first prefix blocks; those that are not on the device are made there (room must have been taken).
 
     Idle ones among them were counted as available before: take room for others only afterwards.
     """
+    book, groups, rules = b.book, b.groups, b.rules
     first = book.block_start_Q[q]
     for i in range(book.held_Q[q], units):
         unit = book.block_ids[first + i]
@@ -124,8 +130,9 @@ def share(book, groups, rules, d, q, units):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def publish(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
+def publish(b, d, q):  # type: ignore[no-untyped-def]
     """Let others share the prefix blocks of a prompt that have become whole."""
+    book, groups, rules = b.book, b.groups, b.rules
     first = book.block_start_Q[q]
     whole = min(book.block_start_Q[q + 1] - first, min(book.computed_Q[q], book.prompt_Q[q]) // rules.unit_tokens)
     for i in range(book.held_Q[q], whole):
@@ -141,8 +148,9 @@ def publish(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def release(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
+def release(b, d, q):  # type: ignore[no-untyped-def]
     """Give all blocks of a request back; the last prefix block becomes idle first, so that it goes first."""
+    book, groups, rules = b.book, b.groups, b.rules
     first = book.block_start_Q[q]
     for i in range(book.held_Q[q] - 1, -1, -1):
         unit = book.block_ids[first + i]

@@ -8,10 +8,6 @@ from __future__ import annotations
 from numba import njit, types
 from numba.experimental import structref
 
-from moesim.serving.blocks import release
-from moesim.serving.leap import cut
-from moesim.serving.schedule import enqueue
-
 
 @structref.register
 class _BundleType(types.StructRef):
@@ -35,21 +31,3 @@ structref.define_proxy(  # type: ignore[no-untyped-call]
 def bundled(book, groups, rules, group_Q, prices, work, scratch, timeline):  # type: ignore[no-untyped-def]
     """A bundle of what is given; it holds the arrays themselves, and numbers as they are now."""
     return Bundle(book, groups, rules, group_Q, prices, work, scratch, timeline)  # type: ignore[no-untyped-call]
-
-
-@njit(cache=True)
-def enqueue_in(b, d, q):  # type: ignore[no-untyped-def]
-    """See `enqueue`."""
-    enqueue(b.book, b.groups, b.rules, d, q)
-
-
-@njit(cache=True)
-def release_in(b, d, q):  # type: ignore[no-untyped-def]
-    """See `release`."""
-    release(b.book, b.groups, b.rules, d, q)
-
-
-@njit(cache=True)
-def cut_in(b, now_s):  # type: ignore[no-untyped-def]
-    """See `cut`."""
-    return cut(b.groups, b.work, b.scratch, b.timeline, now_s)

@@ -13,11 +13,13 @@ from moesim.costs.operators import Operators
 from moesim.files.acceptance import constant_rate
 from moesim.service import EngineConfig, Service, kv_tokens
 from moesim.serving.advance import advance
-from moesim.serving.bundle import bundled, cut_in, enqueue_in, release_in
-from moesim.serving.leap import LEAP
+from moesim.serving.blocks import release
+from moesim.serving.bundle import bundled
+from moesim.serving.leap import LEAP, cut
 from moesim.serving.memo import memoised
 from moesim.serving.prices import NO_EXCHANGE, Prices
 from moesim.serving.pricing import build_prices
+from moesim.serving.schedule import enqueue
 from moesim.serving.scratch import empty_scratch
 from moesim.serving.state import PREFILLED, RUNNING, WAITING, Book, Groups, Rules, Timeline, open_groups
 from moesim.serving.work import empty_work
@@ -113,12 +115,12 @@ class Instance:
         """Put a request in a group's queue."""
         self.come_to(now_s)
         self.group_Q[q] = group
-        enqueue_in(self.bundle, group, q)
+        enqueue(self.bundle, group, q)
 
     def forget(self, q: int, group: int, now_s: float) -> None:
         """Give the blocks of a request back whose cache has been fetched."""
         self.come_to(now_s)
-        release_in(self.bundle, group, q)
+        release(self.bundle, group, q)
 
     def left(self) -> list[int]:
         """Requests that have left since the last call."""
@@ -165,7 +167,7 @@ class Instance:
         if self.clock_s < now_s:
             self.run(now_s)
         if self.rules.leap > 1 and self.next_s > now_s:
-            left = cut_in(self.bundle, now_s)
+            left = cut(self.bundle, now_s)
             if left:
                 self.num_iterations -= left
                 self.next_s = float(self.groups.finish_s_P[0])

@@ -16,11 +16,12 @@ LEAP = 32
 
 
 @njit(cache=True)
-def leap(book, groups, rules, group_Q, batch, work, most):  # type: ignore[no-untyped-def]
+def leap(b, batch, most):  # type: ignore[no-untyped-def]
     """How many iterations the batch can stand for, at least 1 and at most `most`.
 
     Takes the blocks that they need, and moves the contexts that are priced to the middle.
     """
+    book, groups, rules, group_Q, work = b.book, b.groups, b.rules, b.group_Q, b.work
     size, times = groups.size_P[batch], min(rules.leap, most)
     if times <= 1 or work.num[0] > 0 or size != groups.num_D.sum():
         return 1
@@ -30,7 +31,7 @@ def leap(book, groups, rules, group_Q, batch, work, most):  # type: ignore[no-un
     for n in range(size):
         q = groups.batch_PN[batch, n]
         times = min(times, book.output_Q[q] - book.generated_Q[q])
-    if times <= 1 or not _grow_all(book, groups, rules, group_Q, batch, times):
+    if times <= 1 or not _grow_all(b, batch, times):
         return 1
     for n in range(size):
         q = groups.batch_PN[batch, n]
@@ -42,28 +43,30 @@ def leap(book, groups, rules, group_Q, batch, work, most):  # type: ignore[no-un
 
 
 @njit(cache=True)
-def _grow_all(book, groups, rules, group_Q, batch, times):  # type: ignore[no-untyped-def]
+def _grow_all(b, batch, times):  # type: ignore[no-untyped-def]
     """Take the blocks of so many further tokens of each request; False, and none taken, if there are too few."""
+    book, groups, rules, group_Q = b.book, b.groups, b.rules, b.group_Q
     size = groups.size_P[batch]
     for d in range(groups.num_D.size):
         need = 0
         for i in range(groups.num_D[d]):
             q = groups.running_DM[d, i]
             need += max(num_blocks(book.computed_Q[q] + times, rules.block_size) - book.blocks_Q[q], 0)
-        if need > available(groups, rules, d):
+        if need > available(b, d):
             return False
     for n in range(size):
         q = groups.batch_PN[batch, n]
         need = num_blocks(book.computed_Q[q] + times, rules.block_size) - book.blocks_Q[q]
         if need > 0:
-            take(groups, rules, group_Q[q], need)
+            take(b, group_Q[q], need)
             book.blocks_Q[q] += need
     return True
 
 
 @njit(cache=True)
-def cut(groups, work, scratch, timeline, now_s):  # type: ignore[no-untyped-def]
+def cut(b, now_s):  # type: ignore[no-untyped-def]
     """Somebody comes: of the iterations on their way, those that have not begun do not take place; how many."""
+    groups, work, scratch, timeline = b.groups, b.work, b.scratch, b.timeline
     times, step_s = groups.times_P[0], groups.step_s_P[0]
     if groups.size_P[0] == 0 or times <= 1:
         return 0

@@ -17,8 +17,9 @@ from moesim.serving.state import RUNNING, WAITING
 
 
 @njit(cache=True)
-def enqueue(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
+def enqueue(b, d, q):  # type: ignore[no-untyped-def]
     """Put a request at its place in a group's queue: the last, or by priority, then by arrival."""
+    book, groups, rules = b.book, b.groups, b.rules
     book.state_Q[q] = WAITING
     groups.waiting_D[d] += 1
     before, after = groups.tail_D[d], np.int64(-1)
@@ -26,11 +27,12 @@ def enqueue(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
         before, after = np.int64(-1), groups.head_D[d]
         while after >= 0 and (book.priority_Q[after], after) < (book.priority_Q[q], q):
             before, after = after, book.next_Q[after]
-    _insert(book, groups, d, before, q, after)
+    _insert(b, d, before, q, after)
 
 
 @njit(cache=True)
-def _insert(book, groups, d, before, q, after):  # type: ignore[no-untyped-def]
+def _insert(b, d, before, q, after):  # type: ignore[no-untyped-def]
+    book, groups = b.book, b.groups
     book.next_Q[q] = after
     if before < 0:
         groups.head_D[d] = q
@@ -41,19 +43,21 @@ def _insert(book, groups, d, before, q, after):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _return(book, groups, rules, d, q):  # type: ignore[no-untyped-def]
+def _return(b, d, q):  # type: ignore[no-untyped-def]
     """Put a request that lost its place back: by priority, where SGLang has it behind the others, else in front."""
+    book, groups, rules = b.book, b.groups, b.rules
     if rules.by_priority or rules.is_sglang:
-        enqueue(book, groups, rules, d, q)
+        enqueue(b, d, q)
         return
     book.state_Q[q] = WAITING
     groups.waiting_D[d] += 1
-    _insert(book, groups, d, np.int64(-1), q, groups.head_D[d])
+    _insert(b, d, np.int64(-1), q, groups.head_D[d])
 
 
 @njit(cache=True)
-def _dequeue(book, groups, d):  # type: ignore[no-untyped-def]
+def _dequeue(b, d):  # type: ignore[no-untyped-def]
     """Take the first request out of the queue."""
+    book, groups = b.book, b.groups
     groups.head_D[d] = book.next_Q[groups.head_D[d]]
     if groups.head_D[d] < 0:
         groups.tail_D[d] = -1
@@ -61,33 +65,36 @@ def _dequeue(book, groups, d):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _remove_running(groups, d, i):  # type: ignore[no-untyped-def]
+def _remove_running(b, d, i):  # type: ignore[no-untyped-def]
+    groups = b.groups
     for j in range(i, groups.num_D[d] - 1):
         groups.running_DM[d, j] = groups.running_DM[d, j + 1]
     groups.num_D[d] -= 1
 
 
 @njit(cache=True)
-def preempt(book, groups, rules, d, i):  # type: ignore[no-untyped-def]
+def preempt(b, d, i):  # type: ignore[no-untyped-def]
     """Send a running request back: what it has computed is lost, or goes to host memory if there is room."""
+    book, groups, rules = b.book, b.groups, b.rules
     q = groups.running_DM[d, i]
     blocks = num_blocks(book.computed_Q[q], rules.block_size)
     book.preempted_Q[q] += 1
-    if rules.is_swapping and make_host_room(groups, rules, d, blocks):
+    if rules.is_swapping and make_host_room(b, d, blocks):
         groups.host_free_D[d] -= blocks
         groups.swapped_D[d] += blocks
         groups.copy_s_D[d] += blocks * rules.block_copy_s
         book.is_swapped_Q[q] = True
     else:
         book.computed_Q[q] = 0
-    release(book, groups, rules, d, q)
-    _remove_running(groups, d, i)
-    _return(book, groups, rules, d, q)
+    release(b, d, q)
+    _remove_running(b, d, i)
+    _return(b, d, q)
 
 
 @njit(cache=True)
-def _victim(book, groups, rules, d):  # type: ignore[no-untyped-def]
+def _victim(b, d):  # type: ignore[no-untyped-def]
     """Which of the running requests loses its place: the last one, or the least urgent."""
+    book, groups, rules = b.book, b.groups, b.rules
     found = groups.num_D[d] - 1
     if rules.by_priority:
         for i in range(groups.num_D[d]):
@@ -98,21 +105,23 @@ def _victim(book, groups, rules, d):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def grow(book, groups, rules, d, q, tokens):  # type: ignore[no-untyped-def]
+def grow(b, d, q, tokens):  # type: ignore[no-untyped-def]
     """Take the blocks that a request needs for so many tokens; False, and none taken, where they are not to be had."""
+    book, rules = b.book, b.rules
     need = num_blocks(tokens, rules.block_size) - book.blocks_Q[q]
     if need <= 0:
         return True
-    if need > available(groups, rules, d):
+    if need > available(b, d):
         return False
-    take(groups, rules, d, need)
+    take(b, d, need)
     book.blocks_Q[q] += need
     return True
 
 
 @njit(cache=True)
-def add(groups, batch, q, tokens):  # type: ignore[no-untyped-def]
+def add(b, batch, q, tokens):  # type: ignore[no-untyped-def]
     """Put a request into a batch."""
+    groups = b.groups
     size = groups.size_P[batch]
     groups.batch_PN[batch, size] = q
     groups.take_PN[batch, size] = tokens
@@ -121,8 +130,9 @@ def add(groups, batch, q, tokens):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def wanted(book, rules, q):  # type: ignore[no-untyped-def]
+def wanted(b, q):  # type: ignore[no-untyped-def]
     """Tokens that a running request would compute: the rest of what it has, or one and its drafts."""
+    book, rules = b.book, b.rules
     rest = book.prompt_Q[q] + book.generated_Q[q] - book.computed_Q[q]
     if rest == 1 and book.generated_Q[q] > 0:
         return min(rules.queries, book.output_Q[q] - book.generated_Q[q])
@@ -130,13 +140,14 @@ def wanted(book, rules, q):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def admit(book, groups, rules, d, budget, is_whole):  # type: ignore[no-untyped-def]
+def admit(b, d, budget, is_whole):  # type: ignore[no-untyped-def]
     """Take the first waiting request in, if its first tokens have room; the tokens that it computes now, 0 if none.
 
     is_whole: whether its prompt must not be cut.
     """
+    book, groups, rules = b.book, b.groups, b.rules
     q = groups.head_D[d]
-    far = cached_units(book, groups, rules, d, q) if book.computed_Q[q] == 0 else 0
+    far = cached_units(b, d, q) if book.computed_Q[q] == 0 else 0
     have = max(book.computed_Q[q], far * rules.unit_tokens)
     tokens = book.prompt_Q[q] + book.generated_Q[q] - have
     if rules.most_of_prompt > 0 and not is_whole:
@@ -151,10 +162,10 @@ def admit(book, groups, rules, d, budget, is_whole):  # type: ignore[no-untyped-
         idle += users == 0
         absent += users < 0
     need = num_blocks(have + tokens, rules.block_size) - far * rules.unit_blocks + absent * rules.unit_blocks
-    if need > available(groups, rules, d) - idle * rules.unit_blocks:
+    if need > available(b, d) - idle * rules.unit_blocks:
         return 0
-    share(book, groups, rules, d, q, far)
-    take(groups, rules, d, need)
+    share(b, d, q, far)
+    take(b, d, need)
     book.blocks_Q[q] += need - absent * rules.unit_blocks
     groups.copy_s_D[d] += absent * rules.unit_blocks * rules.block_copy_s
     if book.computed_Q[q] == 0:
@@ -167,7 +178,7 @@ def admit(book, groups, rules, d, budget, is_whole):  # type: ignore[no-untyped-
         groups.host_free_D[d] += blocks
         groups.copy_s_D[d] += blocks * rules.block_copy_s
         book.is_swapped_Q[q] = False
-    _dequeue(book, groups, d)
+    _dequeue(b, d)
     groups.running_DM[d, groups.num_D[d]] = q
     groups.num_D[d] += 1
     book.state_Q[q] = RUNNING
@@ -175,30 +186,33 @@ def admit(book, groups, rules, d, budget, is_whole):  # type: ignore[no-untyped-
 
 
 @njit(cache=True)
-def _admit_waiting(book, groups, rules, d, batch, budget, now_s):  # type: ignore[no-untyped-def]
+def _admit_waiting(b, d, batch, budget, now_s):  # type: ignore[no-untyped-def]
     """vLLM: waiting requests in order, as long as there is budget and room."""
+    book, groups, rules = b.book, b.groups, b.rules
     q = groups.head_D[d]
     while q >= 0 and groups.num_D[d] < rules.max_num_seqs and budget > 0:
         after = book.next_Q[q]
-        tokens = admit(book, groups, rules, d, budget, not rules.is_chunked)
+        tokens = admit(b, d, budget, not rules.is_chunked)
         if tokens == 0:
             break
-        begin(book, q, now_s)
-        add(groups, batch, q, tokens)
+        begin(b, q, now_s)
+        add(b, batch, q, tokens)
         budget -= tokens
         q = after
 
 
 @njit(cache=True)
-def begin(book, q, now_s):  # type: ignore[no-untyped-def]
+def begin(b, q, now_s):  # type: ignore[no-untyped-def]
     """Note when a request is first taken in."""
+    book = b.book
     if not book.scheduled_s_Q[q] >= 0:
         book.scheduled_s_Q[q] = now_s
 
 
 @njit(cache=True)
-def _withdraw(groups, batch, q):  # type: ignore[no-untyped-def]
+def _withdraw(b, batch, q):  # type: ignore[no-untyped-def]
     """Take a request out of the batch that is being made; its tokens, 0 if it is not in it."""
+    groups = b.groups
     size, found = groups.size_P[batch], 0
     for n in range(size):
         if found:
@@ -213,11 +227,12 @@ def _withdraw(groups, batch, q):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def schedule_vllm(book, groups, rules, d, batch, now_s):  # type: ignore[no-untyped-def]
+def schedule_vllm(b, d, batch, now_s):  # type: ignore[no-untyped-def]
     """Running requests first, then waiting ones, all under one budget of tokens; whether one lost its place.
 
     Where a running request finds no room, and nobody can be sent back for it (all are on their way), none is taken in.
     """
+    book, groups, rules = b.book, b.groups, b.rules
     budget, preempted, is_full, i = rules.max_num_batched_tokens, False, False, np.int64(0)
     most = (groups.num_D[d] + rules.num_stages - 1) // rules.num_stages
     while i < groups.num_D[d] and budget > 0 and most > 0:
@@ -225,30 +240,30 @@ def schedule_vllm(book, groups, rules, d, batch, now_s):  # type: ignore[no-unty
         if groups.is_busy_Q[q]:
             i += 1
             continue
-        tokens = wanted(book, rules, q)
+        tokens = wanted(b, q)
         if rules.most_of_prompt > 0:
             tokens = min(tokens, rules.most_of_prompt)
         tokens = min(tokens, budget)
         need = book.computed_Q[q] + tokens  # mostly there: a call would copy 50 arrays
-        while need > book.blocks_Q[q] * rules.block_size and not grow(book, groups, rules, d, q, need):
-            victim = _victim(book, groups, rules, d)
+        while need > book.blocks_Q[q] * rules.block_size and not grow(b, d, q, need):
+            victim = _victim(b, d)
             loser = groups.running_DM[d, victim]
-            withdrawn = _withdraw(groups, batch, loser)
+            withdrawn = _withdraw(b, batch, loser)
             if groups.is_busy_Q[loser]:
                 is_full, tokens = True, 0
                 break
             budget += withdrawn
             most += withdrawn > 0
             i -= victim < i
-            preempt(book, groups, rules, d, victim)
+            preempt(b, d, victim)
             preempted = True
             if loser == q:
                 return True
         if tokens > 0:
-            add(groups, batch, q, tokens)
+            add(b, batch, q, tokens)
             budget -= tokens
             most -= 1
         i += 1
     if not preempted and not is_full:
-        _admit_waiting(book, groups, rules, d, batch, budget, now_s)
+        _admit_waiting(b, d, batch, budget, now_s)
     return preempted

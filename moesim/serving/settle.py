@@ -15,8 +15,9 @@ iterations."""
 
 
 @njit(cache=True)
-def _accepted(rules, q, position):  # type: ignore[no-untyped-def]
+def _accepted(b, q, position):  # type: ignore[no-untyped-def]
     """Drafts of a request that are right at a place of its answer: drawn by a hash, so whatever else happens."""
+    rules = b.rules
     bits = (q * 0x9E3779B97F4A7C15 + position * 0xBF58476D1CE4E5B9) & 0x7FFFFFFFFFFFFFFF
     for k in range(rules.accept_K.size):
         bits ^= bits >> 31
@@ -27,24 +28,26 @@ def _accepted(rules, q, position):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def finish_request(book, groups, rules, d, q, now_s):  # type: ignore[no-untyped-def]
+def finish_request(b, d, q, now_s):  # type: ignore[no-untyped-def]
     """A request's last token is out: its blocks are free, or (of a prompt alone) kept until they are fetched."""
+    book, groups, rules = b.book, b.groups, b.rules
     if rules.is_prefill_only and book.generated_Q[q] < book.output_Q[q]:
         book.state_Q[q] = PREFILLED
     else:
         book.state_Q[q] = FINISHED
         book.finish_s_Q[q] = now_s
-        release(book, groups, rules, d, q)
+        release(b, d, q)
     groups.done[0] += 1
     groups.done[groups.done[0]] = q
 
 
 @njit(cache=True)
-def settle(book, groups, rules, group_Q, batch, now_s):  # type: ignore[no-untyped-def]
+def settle(b, batch, now_s):  # type: ignore[no-untyped-def]
     """Iterations (one, or several alike) are over: tokens are out, whole prefix blocks shared, who is done leaves.
 
     Returns the tokens that came out.
     """
+    book, groups, rules, group_Q = b.book, b.groups, b.rules, b.group_Q
     came_out, times, step_s, decoded = 0, groups.times_P[batch], groups.step_s_P[batch], -1
     for n in range(groups.size_P[batch]):
         q, tokens = groups.batch_PN[batch, n], groups.take_PN[batch, n]
@@ -55,7 +58,7 @@ def settle(book, groups, rules, group_Q, batch, now_s):  # type: ignore[no-untyp
         if is_decoding:
             gained = times
             if rules.queries > 1:
-                gained = 1 + min(_accepted(rules, q, book.generated_Q[q]), tokens - 1)
+                gained = 1 + min(_accepted(b, q, book.generated_Q[q]), tokens - 1)
             book.computed_Q[q] += gained
             if rules.is_sglang and d != decoded:
                 decoded = d
@@ -65,7 +68,7 @@ def settle(book, groups, rules, group_Q, batch, now_s):  # type: ignore[no-untyp
             book.computed_Q[q] += tokens
             gained = 1 if book.computed_Q[q] == total else 0
         if rules.has_prefixes:
-            publish(book, groups, rules, d, q)
+            publish(b, d, q)
         if gained == 0:
             continue
         came_out += gained
@@ -80,16 +83,17 @@ def settle(book, groups, rules, group_Q, batch, now_s):  # type: ignore[no-untyp
             book.first_s_Q[q] = now_s
         book.last_s_Q[q] = now_s
         if book.generated_Q[q] >= book.output_Q[q] or rules.is_prefill_only:
-            finish_request(book, groups, rules, d, q, now_s)
+            finish_request(b, d, q, now_s)
     groups.size_P[batch] = 0
     for d in range(groups.num_D.size):
-        _keep_running(book, groups, d)
+        _keep_running(b, d)
     return came_out
 
 
 @njit(cache=True)
-def _keep_running(book, groups, d):  # type: ignore[no-untyped-def]
+def _keep_running(b, d):  # type: ignore[no-untyped-def]
     """Close the gaps that requests left; where nobody is left, SGLang believes what it believed at first."""
+    book, groups = b.book, b.groups
     kept = 0
     for i in range(groups.num_D[d]):
         q = groups.running_DM[d, i]
