@@ -131,10 +131,13 @@ class EngineConfig:
         found, dp, ranks, per_node = [], self.data_parallel_size, self.num_ranks, cluster.devices_per_node
         if ranks > cluster.num_ranks:
             found.append(
-                f"needs {ranks} devices for one instance, the machine has {cluster.num_ranks}; use fewer ranks"
+                f"data_parallel_size: one instance needs {ranks} devices, the machine has {cluster.num_ranks}; use fewer"
+                " ranks"
             )
-        elif ranks % per_node and per_node % ranks:
-            found.append(f"the {ranks} ranks of an instance must be whole nodes of {per_node}, or divide one")
+        elif cluster.num_nodes > 1 and ranks % per_node and per_node % ranks:
+            found.append(
+                f"data_parallel_size: the {ranks} ranks of an instance must be whole nodes of {per_node}, or divide one"
+            )
         if dp > 1 and model.moe_layers and not self.enable_expert_parallel:
             found.append(
                 f"enable_expert_parallel: must be true with data_parallel_size = {dp}; without it vLLM cuts each "
