@@ -43,6 +43,7 @@ class Transfers:
         self._number_of: dict[int, int] = {}
         self._since_s: dict[int, float] = {}
         self._stranded: list[tuple[int, Instance]] = []
+        self._is_told = False
         self._process = run.env.process(self._carry())
 
     @property
@@ -73,7 +74,8 @@ class Transfers:
         self._number_of[q] = number
         target_ID = self._decode.view.waiting_ID  # others see that it comes, until they look again
         target_ID[target.number - self._decode.instances[0].number, group] += 1
-        if self._process is not self._env.active_process:
+        if self._process is not self._env.active_process and not self._is_told:
+            self._is_told = True
             self._process.interrupt()
 
     def lose(self, q: int) -> None:
@@ -98,6 +100,7 @@ class Transfers:
     def _carry(self) -> Generator[simpy.Event, Any, None]:
         env = self._env
         while True:
+            self._is_told = False
             at_s = self._links.next_finish_s()
             later_s = max(at_s, math.nextafter(env.now, math.inf)) - env.now
             with suppress(simpy.Interrupt):
