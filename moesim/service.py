@@ -27,6 +27,7 @@ _NAMES = {
     "scheduler": ("vllm", "sglang"),
     "scheduling_policy": ("fcfs", "priority"),
     "preemption_mode": ("recompute", "swap"),
+    "init_expert_location": ("trivial", "statistics"),
     "routing": ("replayed", "memoised"),
 }
 _LEAST = {
@@ -48,6 +49,8 @@ class EngineConfig:
             adds up the results of all ranks by an all-reduce (as tensor-parallel groups do).
         num_redundant_experts, enable_eplb, eplb_window_size, eplb_step_interval: copies of busy experts, re-placed
             every so many iterations by the load of a window of iterations.
+        init_expert_location: where experts lie at first, named as SGLang's: "trivial", in order; "statistics", balanced
+            by EPLB for the load of the whole trace (so the same traffic is known beforehand).
         max_num_seqs, max_num_batched_tokens: running requests, and tokens of an iteration, of a data-parallel rank.
         max_model_len: longest prompt and answer together; None takes what the KV cache holds.
         enable_chunked_prefill, long_prefill_token_threshold: whether a prompt may be cut, and (above 0) the most of it
@@ -75,6 +78,7 @@ class EngineConfig:
     enable_eplb: bool = False
     eplb_window_size: int = 1000
     eplb_step_interval: int = 3000
+    init_expert_location: str = "trivial"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     max_model_len: int | None = None
