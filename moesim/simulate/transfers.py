@@ -72,8 +72,7 @@ class Transfers:
         number = self._links.start(now_s, at, to, num_bytes)
         self._by_number[number] = q, source, int(run.group_Q[q]), target, group
         self._number_of[q] = number
-        target_ID = self._decode.view.waiting_ID  # others see that it comes, until they look again
-        target_ID[target.number - self._decode.instances[0].number, group] += 1
+        self._decode.expect(q, target, group)
         if self._process is not self._env.active_process and not self._is_told:
             self._is_told = True
             self._process.interrupt()
@@ -84,7 +83,8 @@ class Transfers:
             self._run.note_waiting(self._since_s.pop(q))
         number = self._number_of.pop(q, None)
         if number is not None:
-            del self._by_number[number]
+            _, _, _, target, group = self._by_number.pop(number)
+            self._decode.expect(q, target, group, -1)
             self._links.cancel(self._env.now, number)
         self._stranded = [pair for pair in self._stranded if pair[0] != q]
 
@@ -117,6 +117,7 @@ class Transfers:
             return
         q, source, source_group, target, group = self._by_number.pop(number)
         del self._number_of[q]
+        self._decode.expect(q, target, group, -1)
         if not run.is_up(target):
             self.start(q, source, is_new=False)
             return
