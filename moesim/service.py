@@ -28,6 +28,7 @@ _NAMES = {
     "scheduler": ("vllm", "sglang"),
     "scheduling_policy": ("fcfs", "priority"),
     "preemption_mode": ("recompute", "swap"),
+    "init_expert_location": ("trivial", "statistics"),
     "routing": ("replayed", "memoised"),
 }
 _LEAST = {
@@ -49,6 +50,8 @@ class EngineConfig:
             adds up the results of all ranks by an all-reduce (as tensor-parallel groups do).
         num_redundant_experts, enable_eplb, eplb_window_size, eplb_step_interval: copies of busy experts, re-placed
             every so many iterations by the load of a window of iterations.
+        init_expert_location: where experts lie at first, named as SGLang's: "trivial", in order; "statistics", balanced
+            by EPLB for the load of the whole trace (so the same traffic is known beforehand).
         max_num_seqs, max_num_batched_tokens: running requests, and tokens of an iteration, of a data-parallel rank.
         max_model_len: longest prompt and answer together; None takes what the KV cache holds.
         enable_chunked_prefill, long_prefill_token_threshold: whether a prompt may be cut, and (above 0) the most of it
@@ -76,6 +79,7 @@ class EngineConfig:
     enable_eplb: bool = False
     eplb_window_size: int = 1000
     eplb_step_interval: int = 3000
+    init_expert_location: str = "trivial"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     max_model_len: int | None = None
@@ -132,10 +136,13 @@ class EngineConfig:
         found, dp, ranks, per_node = [], self.data_parallel_size, self.num_ranks, cluster.devices_per_node
         if ranks > cluster.num_ranks:
             found.append(
-                f"needs {ranks} devices for one instance, the machine has {cluster.num_ranks}; use fewer ranks"
+                f"data_parallel_size: one instance needs {ranks} devices, the machine has {cluster.num_ranks}; use "
+                "fewer ranks"
             )
-        elif ranks % per_node and per_node % ranks:
-            found.append(f"the {ranks} ranks of an instance must be whole nodes of {per_node}, or divide one")
+        elif cluster.num_nodes > 1 and ranks % per_node and per_node % ranks:
+            found.append(
+                f"data_parallel_size: the {ranks} ranks of an instance must be whole nodes of {per_node}, or divide one"
+            )
         if dp > 1 and model.moe_layers and not self.enable_expert_parallel:
             found.append(
                 f"enable_expert_parallel: must be true with data_parallel_size = {dp}; without it vLLM cuts each "

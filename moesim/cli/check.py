@@ -47,7 +47,7 @@ def say_trace(path: Path) -> str:
 
 def _check(path: Path) -> str:
     """What the file is, in a few words, once nothing is wrong with it."""
-    from moesim.files import hardware, models, scenarios, tables
+    from moesim.files import hardware, models, scenarios, services, tables
 
     if path.suffix in _TRACE_SUFFIXES:
         return say_trace(path)
@@ -58,5 +58,8 @@ def _check(path: Path) -> str:
     if "device" in values or "memory" in values:
         cluster = hardware.load_cluster(str(path))
         return f"machine with {cluster.num_ranks} x {cluster.device.name}"
+    if services.is_service(values):
+        names = [service.name for service in services.load_services(path)]
+        return f"service with {len(names)} set-up(s): {', '.join(names)}"
     loaded = scenarios.load_scenarios(path)
     return f"scenario with {len(loaded)} set-up(s): {', '.join(s.name for s in loaded)}"

@@ -37,6 +37,7 @@ class KvLinks:
     _rate: dict[int, float] = field(default_factory=dict, repr=False)
     _done: list[int] = field(default_factory=list, repr=False)
     _next: int = 0
+    _is_shared: bool = False
 
     def __post_init__(self) -> None:
         self._ports_K = np.concatenate([self.egress_bytes_per_s_I, self.ingress_bytes_per_s_I]).astype(np.float64)
@@ -63,13 +64,14 @@ class KvLinks:
             self._done.append(number)
             return number
         self._ends[number], self._left[number] = (source, target), float(num_bytes)
-        self._share()
+        self._is_shared = False
         return number
 
     def next_finish_s(self) -> float:
         """When the next transfer ends if none starts before; infinite where none is under way."""
         if self._done:
             return self.now_s
+        self._share()
         return self.now_s + min((left / self._rate[n] for n, left in self._left.items()), default=math.inf)
 
     def finished(self, now_s: float) -> list[int]:
@@ -83,14 +85,17 @@ class KvLinks:
         self._advance(now_s)
         left = self._left.pop(number, 0.0)
         if self._ends.pop(number, None) is not None:
-            self._share()
+            self._is_shared = False
         return left
 
     def _advance(self, now_s: float) -> None:
         """Let transfers flow up to a time; whenever one ends, the others share anew."""
         if now_s < self.now_s:
             raise ValueError(f"KV links: it is {self.now_s} s already, asked for {now_s} s")
+        if now_s == self.now_s:
+            return
         while self._left:
+            self._share()
             needs_s = {n: left / self._rate[n] for n, left in self._left.items()}
             step_s = min(needs_s.values())
             if self.now_s + step_s > now_s:
@@ -102,7 +107,7 @@ class KvLinks:
             for number in ended:
                 del self._left[number], self._ends[number]
             self._done += ended
-            self._share()
+            self._is_shared = False
         self._flow(now_s - self.now_s)
         self.now_s = now_s
 
@@ -111,9 +116,10 @@ class KvLinks:
             self._left[number] -= self._rate[number] * seconds
 
     def _share(self) -> None:
-        if not self._ends:
-            self._rate = {}
+        """Fair shares of all that are under way; those that start together share once."""
+        if self._is_shared or not self._ends:
             return
+        self._is_shared = True
         ends_FK = np.array(list(self._ends.values()), np.int64)
         ends_FK[:, 1] += len(self.egress_bytes_per_s_I)
         routes = Routes(np.arange(0, ends_FK.size + 1, 2), ends_FK.ravel(), len(self._ports_K))

@@ -34,12 +34,13 @@ from moesim.serving.work import PARTS, empty_work
 
 Floats = NDArray[np.float64]
 
-MOST_ROWS = 32768
-"""Tokens that are counted for one sample; they stand for those of larger iterations."""
+MOST_ROWS = 8192
+"""Tokens that are counted for one sample; they stand for those of larger iterations. Against 32,768 and a ratio of 1.1,
+EP32 and EP72 of DeepSeek-V3 are 1.2 % off at most, 0.2 % in the mean, and nine times faster."""
 
 
 def memoised(
-    prices: Prices, rng: np.random.Generator, most_tokens: int, samples: int = 3, ratio: float = 1.1
+    prices: Prices, rng: np.random.Generator, most_tokens: int, samples: int = 3, ratio: float = 1.25
 ) -> Prices:
     """The same prices with a memo of routing.
 

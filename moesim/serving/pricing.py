@@ -14,9 +14,10 @@ from moesim.hardware import SOURCES, Cluster
 from moesim.layout import Layout, Placement
 from moesim.mixers import Mixer
 from moesim.model import Dense, Experts, Layer, ModelSpec
-from moesim.policies.placement import Contiguous
+from moesim.policies.placement import Contiguous, Eplb
 from moesim.program.forward import drafting_layer
 from moesim.routing.counting import Counter
+from moesim.routing.load import expert_load_LE
 from moesim.routing.trace import RoutingTrace
 from moesim.service import EngineConfig
 from moesim.serving.exchanges import exchange_of, exchange_prices
@@ -45,7 +46,7 @@ def build_prices(
         layout: of one instance, without context parallelism; experts over all ranks of a stage, or over none.
         trace: whose tokens are routed; may lack for a dense model.
         operators: of the device, with a bound.
-        placement: of experts; in order, if None.
+        placement: of experts; as the engine begins, if None.
         slowdown_R: factor on the computation of each rank of a stage.
 
     Raises:
@@ -91,7 +92,7 @@ def build_prices(
         prices.shares_PX[PARTS.index(part)] = shares_X / (shares_X.sum() or 1.0)
     if not model.moe_layers:
         return prices
-    return replaced(prices, placement or _in_order(model, layout), model, layout)
+    return replaced(prices, placement or first_placement(model, cluster, engine, trace), model, layout)
 
 
 def _kinds(layers: Sequence[Layer]) -> tuple[tuple[Mixer, ...], tuple[Dense, ...]]:
@@ -168,10 +169,15 @@ def _ids(values: Sequence[int]) -> NDArray[np.int64]:
     return np.array(values, np.int64)
 
 
-def _in_order(model: ModelSpec, layout: Layout) -> Placement:
-    num_slots = model.experts.num_experts + layout.num_redundant_experts
-    shape = (len(model.moe_layers), model.experts.num_experts)
-    return Contiguous().place(num_slots, layout.experts.ep, 1, np.zeros(shape))
+def first_placement(model: ModelSpec, cluster: Cluster, engine: EngineConfig, trace: RoutingTrace | None) -> Placement:
+    """Where an instance's experts lie before any of them moves."""
+    layout = engine.layout
+    ep, num_slots = layout.experts.ep, model.experts.num_experts + layout.num_redundant_experts
+    per_node = min(cluster.devices_per_node, ep)
+    if engine.init_expert_location == "trivial" or ep == 1 or trace is None:
+        shape = (len(model.moe_layers), model.experts.num_experts)
+        return Contiguous().place(num_slots, ep, per_node, np.zeros(shape))
+    return Eplb().place(num_slots, ep, per_node, expert_load_LE(trace).astype(np.float64))
 
 
 def _routing(

@@ -17,10 +17,10 @@ from moesim.layout import Placement
 from moesim.model import BYTES_PER_PARAM
 from moesim.network.routes import Fabric
 from moesim.network.sends import Sends, seconds
-from moesim.policies.placement import Contiguous, Eplb
+from moesim.policies.placement import Eplb
 from moesim.service import Service
 from moesim.serving.instance import Instance
-from moesim.serving.pricing import replaced
+from moesim.serving.pricing import first_placement, replaced
 
 Floats = NDArray[np.float64]
 
@@ -38,7 +38,7 @@ class Rebalancer:
         self._shape = (len(service.model.moe_layers), experts.num_experts)
         self._num_slots = experts.num_experts + engine.num_redundant_experts
         self._per_node = min(service.cluster.devices_per_node, ep)
-        self.placement = Contiguous().place(self._num_slots, ep, self._per_node, np.zeros(self._shape))
+        self.placement = first_placement(service.model, service.cluster, engine, service.trace)
         self._fabric = Fabric(service.cluster)
         self.moved = 0
         self._plan(max(engine.eplb_step_interval // 4, 1))

@@ -43,6 +43,7 @@ class Transfers:
         self._number_of: dict[int, int] = {}
         self._since_s: dict[int, float] = {}
         self._stranded: list[tuple[int, Instance]] = []
+        self._is_told = False
         self._process = run.env.process(self._carry())
 
     @property
@@ -71,9 +72,9 @@ class Transfers:
         number = self._links.start(now_s, at, to, num_bytes)
         self._by_number[number] = q, source, int(run.group_Q[q]), target, group
         self._number_of[q] = number
-        target_ID = self._decode.view.waiting_ID  # others see that it comes, until they look again
-        target_ID[target.number - self._decode.instances[0].number, group] += 1
-        if self._process is not self._env.active_process:
+        self._decode.expect(q, target, group)
+        if self._process is not self._env.active_process and not self._is_told:
+            self._is_told = True
             self._process.interrupt()
 
     def lose(self, q: int) -> None:
@@ -82,7 +83,8 @@ class Transfers:
             self._run.note_waiting(self._since_s.pop(q))
         number = self._number_of.pop(q, None)
         if number is not None:
-            del self._by_number[number]
+            _, _, _, target, group = self._by_number.pop(number)
+            self._decode.expect(q, target, group, -1)
             self._links.cancel(self._env.now, number)
         self._stranded = [pair for pair in self._stranded if pair[0] != q]
 
@@ -102,6 +104,7 @@ class Transfers:
     def _carry(self) -> Generator[simpy.Event, Any, None]:
         env = self._env
         while True:
+            self._is_told = False
             at_s = self._links.next_finish_s()
             later_s = max(at_s, math.nextafter(env.now, math.inf)) - env.now
             with suppress(simpy.Interrupt):
@@ -118,6 +121,7 @@ class Transfers:
             return
         q, source, source_group, target, group = self._by_number.pop(number)
         del self._number_of[q]
+        self._decode.expect(q, target, group, -1)
         if not run.is_up(target):
             self.start(q, source, is_new=False)
             return
