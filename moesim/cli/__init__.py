@@ -9,6 +9,7 @@ import click
 from moesim.cli.calibrate import calibrate_command
 from moesim.cli.capture import capture_command
 from moesim.cli.check import check_command
+from moesim.cli.import_flags import import_flags_command
 from moesim.cli.list import list_command
 from moesim.cli.profile import profile_group
 from moesim.cli.run import run_command
@@ -26,7 +27,7 @@ def cli() -> None:
 
 for command in (
     run_command, check_command, list_command, capture_command, trace_group, profile_group, validate_group,
-    calibrate_command, study_group,
+    calibrate_command, study_group, import_flags_command,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -2,6 +2,8 @@
 
 Top level: name, model, hardware, trace, profile, calibration, seed. Tables: [requests], [engine], [decode_engine] (what
 differs from [engine] in instances that decode alone), [fleet], [slo], [dtypes], and further set-ups under [beside].
+Engines may take their acceptance_length from a file of measured ones: acceptance_file, with acceptance_mode and
+acceptance_model where it has several.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from zlib import crc32
 import numpy as np
 
 from moesim.costs.measured import MeasuredTables
+from moesim.files.acceptance import read_acceptance
 from moesim.files.keys import nearest
 from moesim.files.requests.build import build_requests
 from moesim.files.requests.spec import RequestsSpec
@@ -24,6 +27,7 @@ from moesim.requests import Requests
 from moesim.service import EngineConfig, Service
 
 _TABLES: dict[str, type] = {"engine": EngineConfig, "fleet": Fleet, "slo": Slo}
+_ACCEPTANCE = ("acceptance_file", "acceptance_mode", "acceptance_model")
 _KNOWN = (*PARTS, *_TABLES, "decode_engine", "requests", "beside")
 
 
@@ -65,10 +69,11 @@ def _build(
         return None
     mistakes += [f"{prefix}{key}: unknown key; {nearest(key, _KNOWN)}" for key in values if key not in _KNOWN]
     parts = load_parts(values, prefix, folder, loaded, mistakes)
+    tables = values | _accepting(values, prefix, folder, mistakes)
     for key, cls in _TABLES.items():
-        parts[key] = structure(cls, values.get(key, {}), f"{prefix}{key}", mistakes)
+        parts[key] = structure(cls, tables.get(key, {}), f"{prefix}{key}", mistakes)
     if "decode_engine" in values:
-        parts["decode_engine"] = _decode_engine(values, prefix, mistakes)
+        parts["decode_engine"] = _decode_engine(tables, prefix, mistakes)
     parts["requests"] = _requests(values, prefix, folder, loaded, mistakes)
     if len(mistakes) > before:
         return None
@@ -90,6 +95,35 @@ def _build(
     found = service.mistakes()
     mistakes += [f"{prefix}{mistake}" for mistake in found]
     return None if found else service
+
+
+def _accepting(values: dict[str, Any], prefix: str, folder: Path, mistakes: list[str]) -> dict[str, dict[str, Any]]:
+    """Tables of engines, with the acceptance length that a file gives them in place of its name."""
+    found: dict[str, dict[str, Any]] = {}
+    base = values["engine"] if isinstance(values.get("engine"), dict) else {}
+    for key in ("engine", "decode_engine"):
+        table = values.get(key, {})
+        if not isinstance(table, dict) or not any(name in table for name in _ACCEPTANCE):
+            continue
+        where, given = f"{prefix}{key}", {name: table.get(name) for name in _ACCEPTANCE}
+        found[key] = {name: value for name, value in table.items() if name not in _ACCEPTANCE}
+        drafts = table.get("num_speculative_tokens", base.get("num_speculative_tokens", 0))
+        wrong = [name for name, value in given.items() if value is not None and not isinstance(value, str)]
+        mistakes += [f"{where}.{name}: must be a string, not {given[name]!r}" for name in wrong]
+        if given["acceptance_file"] is None:
+            mistakes.append(f"{where}.acceptance_file: is missing; acceptance_mode and acceptance_model choose in it")
+        elif "acceptance_length" in table:
+            mistakes.append(f"{where}.acceptance_length: acceptance_file gives it; leave one of the two out")
+        elif isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 1:
+            mistakes.append(f"{where}.acceptance_file: needs num_speculative_tokens of at least 1, given {drafts!r}")
+        elif not wrong:
+            try:
+                curves = read_acceptance(beside_file(str(given["acceptance_file"]), folder))
+                length = curves.find(drafts, given["acceptance_mode"], given["acceptance_model"])
+                found[key]["acceptance_length"] = length
+            except ValueError as error:
+                mistakes.append(f"{where}.acceptance_file: " + str(error).replace("\n", "\n    "))
+    return found
 
 
 def _decode_engine(values: dict[str, Any], prefix: str, mistakes: list[str]) -> EngineConfig | None:

@@ -28,13 +28,24 @@ def structure(cls: type[T], values: Any, where: str, mistakes: list[str]) -> T |
                 mistakes.append(f"{where}.{name}: is missing; give {_wanted(hints[name])}")
             continue
         value, hint = values[name], hints[name]
+        item_hint = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
         if dataclasses.is_dataclass(hint):
             built[name] = structure(typing.cast(type, hint), value, f"{where}.{name}", mistakes)
+        elif dataclasses.is_dataclass(item_hint):
+            built[name] = _several(typing.cast(type, item_hint), value, f"{where}.{name}", mistakes)
         elif _fits(value, hint):
             built[name] = value
         else:
             mistakes.append(f"{where}.{name}: must be {_wanted(hint)}, not {value!r}")
     return None if len(mistakes) > before else cls(**built)
+
+
+def _several(cls: type[T], values: Any, where: str, mistakes: list[str]) -> tuple[T | None, ...]:
+    """Dataclasses from an array of tables."""
+    if not isinstance(values, list):
+        mistakes.append(f"{where}: must be an array of tables, [[{where}]], not {values!r}")
+        return ()
+    return tuple(structure(cls, value, f"{where}[{i}]", mistakes) for i, value in enumerate(values))
 
 
 def _options(hint: Any) -> tuple[type, ...]:
