@@ -22,7 +22,7 @@ def few(path: Path) -> list[str]:
     """Changes that leave few requests, in every set-up."""
     values = tomllib.loads(path.read_text())
     tables = {"requests": values["requests"]}
-    tables |= {f'beside."{name}".requests': of.get("requests", {}) for name, of in values.get("beside", {}).items()}
+    tables |= {f"beside.{name}.requests": of.get("requests", {}) for name, of in values.get("beside", {}).items()}
     found = []
     for where, table in tables.items():
         found += [f"{where}.{key}={number}" for key, number in FEW.items() if key in table]
@@ -55,7 +55,7 @@ def burst(**fleet: object) -> ServiceRun:
     path = next(path for path in DEPLOYMENTS if path.stem == "gb200_nvl72")
     changes = [
         "requests.num_requests=40", "requests.concurrency=40", "decode_engine.data_parallel_size=8",
-        "decode_engine.num_redundant_experts=0", "requests.output_tokens=2", "requests.prompt_tokens=512",
+        "decode_engine.num_redundant_experts=0", "requests.output_tokens=64", "requests.prompt_tokens=512",
         *(f'fleet.{key}="{value}"' for key, value in fleet.items()),
     ]  # fmt: skip
     return ServiceRun(verbs.load_services(path, changes)[0], "value", lambda finished, now_s: None, prices_of)
@@ -68,4 +68,4 @@ def test_caches_on_their_way_count_at_the_rank_that_they_go_to(router):
     outcome = run.play()
     at_D = np.bincount(outcome.group_Q, minlength=8)
     assert np.ptp(at_D) <= 1, "a burst is spread evenly, though no cache of it has arrived"
-    assert not run.decode._coming_XID.any()
+    assert not run.decode.coming_XID.any()

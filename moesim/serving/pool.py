@@ -26,6 +26,9 @@ class Pool:
     Args:
         votes_CD: pairs that a prompt of each cluster of the trace is believed to have at each data-parallel group;
             cluster_Q: of each request. Both None where no router asks.
+
+    Attributes:
+        coming_XID: what is on its way to each group: requests, tokens of their prompts, tokens of their answers.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class Pool:
         self.view = RouterView.idle(*shape, rules.num_blocks * rules.block_size)
         self.view.work_tokens_ID = np.zeros(shape, np.int64)
         self.view.cached_tokens = self._cached_tokens
-        self._coming_XID = np.zeros((3, *shape), np.int64)
+        self.coming_XID = np.zeros((3, *shape), np.int64)
         if votes_CD is not None and cluster_Q is not None:
             self.view.votes = lambda q: np.broadcast_to(votes_CD[cluster_Q[q]], shape)
         self._choose = ROUTERS[router]().start(self.view, random)
@@ -56,18 +59,18 @@ class Pool:
     def see(self, instance: Instance) -> None:
         """See an instance as it is."""
         i, view, groups = instance.number - self.instances[0].number, self.view, instance.groups
-        view.waiting_ID[i], view.running_ID[i] = groups.waiting_D + self._coming_XID[0, i], groups.num_D
+        view.waiting_ID[i], view.running_ID[i] = groups.waiting_D + self.coming_XID[0, i], groups.num_D
         if self._needs_tokens:
             tokens_at(instance.bundle, view.waiting_tokens_ID[i], view.kv_tokens_ID[i], view.work_tokens_ID[i])
-            view.kv_tokens_ID[i] += self._coming_XID[1, i]
-            view.work_tokens_ID[i] += self._coming_XID[2, i]
+            view.kv_tokens_ID[i] += self.coming_XID[1, i]
+            view.work_tokens_ID[i] += self.coming_XID[2, i]
 
     def expect(self, q: int, instance: Instance, group: int, times: int = 1) -> None:
         """A request whose prompt was computed elsewhere is on its way to a group; -1 times: it no longer is."""
         i, view = instance.number - self.instances[0].number, self.view
         requests = self._requests
         one_X = np.array([1, int(requests.prompt_Q[q]), int(requests.output_Q[q])]) * times
-        self._coming_XID[:, i, group] += one_X
+        self.coming_XID[:, i, group] += one_X
         view.waiting_ID[i, group] += one_X[0]
         if self._needs_tokens:
             view.kv_tokens_ID[i, group] += one_X[1]
