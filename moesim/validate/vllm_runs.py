@@ -2,7 +2,7 @@
 
 The constant is what the host adds to an iteration. Everything else is measured (layers), stated with the run (engine
 arguments, KV blocks, LLMServingSim's link between devices) or computed (scheduling, KV cache, routing). Runs other than
-the fitted one are judged; a run of experts on several ranks that is not at hand is predicted.
+the fitted one are judged; one of experts on several ranks, whose answer is not at hand, is predicted.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.costs.compute import efficiency
-from moesim.costs.operators import Operators
 from moesim.files.hardware import load_cluster
 from moesim.files.models import load_model
 from moesim.files.profiles.llmservingsim import LayerProfile, read_layer_profile
+from moesim.files.requests.read import read_traffic
 from moesim.files.runs_vllm import VllmRun
+from moesim.files.tables import raise_all
+from moesim.fleet import Fleet
 from moesim.hardware import Cluster, Link
-from moesim.layout import AttentionGrid, ExpertGrid, Layout
-from moesim.model import BYTES_PER_PARAM, ModelSpec
 from moesim.requests import Requests
-from moesim.routing.streams import streams
+from moesim.routing.synthetic import zipf_trace
 from moesim.routing.trace import RoutingTrace
-from moesim.service import EngineConfig
-from moesim.serving.alone import distinct_prefixes, serve_alone
+from moesim.service import EngineConfig, Service
+from moesim.serving.instance import prices_of
 from moesim.serving.measured_prices import measured_prices
+from moesim.serving.outcome import Outcome
 from moesim.serving.prices import Prices
-from moesim.serving.pricing import build_prices
-from moesim.serving.state import Book, Rules
+from moesim.simulate.serving import simulate_service
 from moesim.validate.cases import Case, Validation
+from moesim.validate.wide_ep import routing_like
 
 Floats = NDArray[np.float64]
 
@@ -42,6 +43,8 @@ MACHINES = {"RTX4090": "workstation-4090", "RTXPRO6000": "rtx-pro-6000-x2"}
 """LLMServingSim's devices, as machines of ours."""
 HOST_S = np.linspace(0.0, 3e-3, 31)
 """Seconds of the host in an iteration that are tried."""
+FIT_ON = "RTX4090/Llama-3.1-8B"
+"""The run that the host's seconds are fitted to: the one that says how many KV blocks it had."""
 FIGURES = {"TTFT mean": "TTFT Mean", "TTFT p90": "TTFT P90", "TPOT mean": "TPOT Mean", "TPOT p90": "TPOT P90",
            "E2E mean": "Latency Mean", "E2E p90": "Latency P90"}  # fmt: skip
 """Ours -> LLMServingSim's name of it."""
@@ -51,56 +54,26 @@ AIMS = {"TPOT mean": 0.05, "TTFT mean": 0.12}
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What is needed to simulate one run but the host's seconds.
+    """What is needed to simulate one run but the host's seconds: the service, and vLLM's layers."""
 
-    link: between devices, as it is reached; trace: whose routing is replayed, none for dense models.
-    """
-
-    model: ModelSpec
-    cluster: Cluster
-    engine: EngineConfig
+    service: Service
     profile: LayerProfile
-    link: Link
-    requests: Requests
-    trace: RoutingTrace | None = None
 
     @cached_property
     def _prices(self) -> Prices:
-        dp, tp = self.engine.data_parallel_size, self.engine.tensor_parallel_size
-        spread = self.engine.enable_expert_parallel and dp * tp > 1
-        layout = Layout(AttentionGrid(dp, tp), ExpertGrid(ep=dp * tp) if spread else ExpertGrid(edp=dp, etp=tp))
-        machine = with_link(self.cluster, self.link)
-        operators = Operators(machine.device)
-        return build_prices(self.model, machine, layout, self.engine, self.trace, operators)
+        return prices_of(self.service, self.service.engine)
 
-    def simulate(self, host_s: float) -> Book:
+    def simulate(self, host_s: float) -> Outcome:
         """All requests served."""
-        prices = measured_prices(self._prices, self.profile, self.model, host_s)
-        requests = self.requests
-        if self.engine.enable_prefix_caching:
-            requests = distinct_prefixes(requests, self.engine.block_size)
-        found = None
-        if self.trace is not None:
-            found = streams(self.trace, requests.topic_Q, np.random.default_rng(0))
-        return serve_alone(requests, self._rules(requests), prices, self.engine.data_parallel_size, found)
+        prices = measured_prices(self._prices, self.profile, self.service.model, host_s)
+        return simulate_service(self.service, pricing=lambda service, engine, bound: prices)
 
-    def _rules(self, requests: Requests) -> Rules:
-        engine, has_prefixes = self.engine, len(requests.block_ids) > 0
-        return Rules(
-            engine.max_num_seqs, engine.max_num_batched_tokens, engine.enable_chunked_prefill, 0, False, False, False,
-            False, engine.block_size, self.num_blocks, has_prefixes, requests.block_tokens, int(has_prefixes), 0, 0.0, 1,
-            np.zeros(0), 1, np.array([np.inf]), self.trace is None,
-        )  # fmt: skip
 
-    @property
-    def num_blocks(self) -> int:
-        """KV blocks of a data-parallel group: as vLLM said, or what the weights leave of a device."""
-        engine, model = self.engine, self.model
-        if engine.num_gpu_blocks_override is not None:
-            return engine.num_gpu_blocks_override
-        weights = model.num_params * BYTES_PER_PARAM[model.dtypes.experts] / engine.num_ranks
-        room = engine.gpu_memory_utilization * self.cluster.device.memory.capacity_bytes - weights
-        return int(room / (model.kv_bytes_per_token / engine.tensor_parallel_size * engine.block_size))
+def distinct_prefixes(requests: Requests, block_tokens: int) -> Requests:
+    """The same requests, no two of which begin alike: a prompt then finds its own blocks again after a preemption."""
+    start_Q = np.concatenate([np.zeros(1, np.int64), np.cumsum(requests.prompt_Q // block_tokens)])
+    ids = np.arange(start_Q[-1], dtype=np.int64)
+    return replace(requests, block_start_Q=start_Q, block_ids=ids, block_tokens=block_tokens)
 
 
 def with_link(cluster: Cluster, link: Link) -> Cluster:
@@ -111,29 +84,41 @@ def with_link(cluster: Cluster, link: Link) -> Cluster:
     return replace(cluster, topology=topology)
 
 
-def setup_of(folder: Path, run: VllmRun, trace: RoutingTrace | None = None, model: str = "") -> Setup:
-    """The setup of a run in LLMServingSim's folder.
+def setup_of(
+    folder: Path, device: str, model: str, engine: EngineConfig, requests: Requests, link: Link,
+    trace: RoutingTrace | None = None,
+) -> Setup:  # fmt: skip
+    """The set-up of a run in LLMServingSim's folder.
+
+    Args:
+        device, model: in the source's words.
+        trace: whose routing is replayed, resampled to the model's shape; none for dense models.
 
     Raises:
-        ValueError: a device, model or profile that is not known.
+        ValueError: a device, model or profile that is not known, or parts that break rules together.
     """
-    if run.device not in MACHINES:
-        raise ValueError(f"{run.name}: device {run.device!r} is not known; one of {', '.join(MACHINES)}")
-    variant = folder / "profiler" / "perf" / run.device / run.model / "bf16"
-    profile = read_layer_profile(variant, run.engine.tensor_parallel_size)
-    spec = load_model(model or run.model.rpartition("/")[2].lower())
-    engine = run.engine if run.engine.max_model_len else replace(run.engine, max_model_len=spec.max_position)
-    return Setup(spec, load_cluster(MACHINES[run.device]), engine, profile, run.link, run.requests, trace)
+    if device not in MACHINES:
+        raise ValueError(f"{folder}: device {device!r} is not known; one of {', '.join(MACHINES)} would do")
+    profile = read_layer_profile(folder / "profiler" / "perf" / device / model / "bf16", engine.tensor_parallel_size)
+    spec = load_model(model.rpartition("/")[2].lower().removesuffix("-instruct-2507"))
+    engine = replace(engine, max_model_len=engine.max_model_len or spec.max_position)
+    if engine.enable_prefix_caching:
+        requests = distinct_prefixes(requests, engine.block_size)
+    if trace is None:
+        routing = zipf_trace(0, 1, 1, num_requests=1, prompt_tokens=1, output_tokens=1)
+    else:
+        routing = routing_like(trace, spec)
+    cluster, fleet = with_link(load_cluster(MACHINES[device]), link), Fleet(num_instances=1, router="vllm_load")
+    service = Service(f"{device}/{spec.name}", spec, cluster, routing, requests, engine, fleet=fleet)
+    raise_all(f"{folder}: {service.name}", service.mistakes())
+    return Setup(service, profile)
 
 
-def latencies_s(book: Book) -> dict[str, Floats]:
+def latencies_s(outcome: Outcome) -> dict[str, Floats]:
     """TTFT, TPOT and E2E of each request."""
-    tokens_Q = np.maximum(book.generated_Q - 1, 1)
-    return {
-        "TTFT": book.first_s_Q - book.sent_s_Q,
-        "TPOT": (book.last_s_Q - book.first_s_Q) / tokens_Q,
-        "E2E": book.finish_s_Q - book.sent_s_Q,
-    }
+    sent_s_Q, first_s_Q, last_s_Q = outcome.arrival_s_Q, outcome.first_token_s_Q, outcome.finish_s_Q
+    tpot_s_Q = (last_s_Q - first_s_Q) / np.maximum(outcome.generated_Q - 1, 1)
+    return {"TTFT": first_s_Q - sent_s_Q, "TPOT": tpot_s_Q, "E2E": last_s_Q - sent_s_Q}
 
 
 def figures(latencies: Mapping[str, Floats]) -> dict[str, float]:
@@ -202,7 +187,7 @@ def validate_vllm_runs(
     swept = []
     for run in dense:
         report(f"{run.name}: simulating it with {len(HOST_S)} values of the host's seconds")
-        swept.append(Swept.of(run, setup_of(folder, run)))
+        swept.append(Swept.of(run, setup_of(folder, run.device, run.model, run.engine, run.requests, run.link)))
     at = next(each for each in swept if each.run.name == fit_on).fitted()
     cases = [case for each in swept for case in _cases(each, swept, at, fit_on)]
     facts: dict[str, Any] = {
