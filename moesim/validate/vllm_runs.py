@@ -8,117 +8,36 @@ the fitted one are judged; one of experts on several ranks, whose answer is not 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.costs.compute import efficiency
-from moesim.files.hardware import load_cluster
-from moesim.files.models import load_model
-from moesim.files.profiles.llmservingsim import LayerProfile, read_layer_profile
 from moesim.files.requests.read import read_traffic
-from moesim.files.runs_vllm import VllmRun
-from moesim.files.tables import raise_all
-from moesim.fleet import Fleet
-from moesim.hardware import Cluster, Link
-from moesim.requests import Requests
-from moesim.routing.synthetic import zipf_trace
+from moesim.files.runs_vllm import VllmRun, read_vllm_runs
 from moesim.routing.trace import RoutingTrace
-from moesim.service import EngineConfig, Service
-from moesim.serving.instance import prices_of
-from moesim.serving.measured_prices import measured_prices
-from moesim.serving.outcome import Outcome
-from moesim.serving.prices import Prices
-from moesim.simulate.serving import simulate_service
+from moesim.service import EngineConfig
 from moesim.validate.cases import Case, Validation
-from moesim.validate.wide_ep import routing_like
+from moesim.validate.vllm_setups import Setup, latencies_s, setup_of
 
 Floats = NDArray[np.float64]
 
-MACHINES = {"RTX4090": "workstation-4090", "RTXPRO6000": "rtx-pro-6000-x2"}
-"""LLMServingSim's devices, as machines of ours."""
 HOST_S = np.linspace(0.0, 3e-3, 31)
 """Seconds of the host in an iteration that are tried."""
-FIT_ON = "RTX4090/Llama-3.1-8B"
-"""The run that the host's seconds are fitted to: the one that says how many KV blocks it had."""
+FIT_ON = "RTXPRO6000/Llama-3.1-8B"
+"""The run that tells the host's seconds best: short iterations, and neither preemptions nor collectives in them."""
 FIGURES = {"TTFT mean": "TTFT Mean", "TTFT p90": "TTFT P90", "TPOT mean": "TPOT Mean", "TPOT p90": "TPOT P90",
            "E2E mean": "Latency Mean", "E2E p90": "Latency P90"}  # fmt: skip
 """Ours -> LLMServingSim's name of it."""
 AIMS = {"TPOT mean": 0.05, "TTFT mean": 0.12}
 """Most relative error that is aimed at."""
-
-
-@dataclass(frozen=True, eq=False)
-class Setup:
-    """What is needed to simulate one run but the host's seconds: the service, and vLLM's layers."""
-
-    service: Service
-    profile: LayerProfile
-
-    @cached_property
-    def _prices(self) -> Prices:
-        return prices_of(self.service, self.service.engine)
-
-    def simulate(self, host_s: float) -> Outcome:
-        """All requests served."""
-        prices = measured_prices(self._prices, self.profile, self.service.model, host_s)
-        return simulate_service(self.service, pricing=lambda service, engine, bound: prices)
-
-
-def distinct_prefixes(requests: Requests, block_tokens: int) -> Requests:
-    """The same requests, no two of which begin alike: a prompt then finds its own blocks again after a preemption."""
-    start_Q = np.concatenate([np.zeros(1, np.int64), np.cumsum(requests.prompt_Q // block_tokens)])
-    ids = np.arange(start_Q[-1], dtype=np.int64)
-    return replace(requests, block_start_Q=start_Q, block_ids=ids, block_tokens=block_tokens)
-
-
-def with_link(cluster: Cluster, link: Link) -> Cluster:
-    """The machine of one node with all its links such that collectives reach `link`."""
-    reached, topology = efficiency(cluster.device, "network", "value"), cluster.topology.copy()
-    for start, end in topology.edges:
-        topology.edges[start, end]["link"] = Link(link.bytes_per_s / reached, link.latency_s / 2)  # up and down
-    return replace(cluster, topology=topology)
-
-
-def setup_of(
-    folder: Path, device: str, model: str, engine: EngineConfig, requests: Requests, link: Link,
-    trace: RoutingTrace | None = None,
-) -> Setup:  # fmt: skip
-    """The set-up of a run in LLMServingSim's folder.
-
-    Args:
-        device, model: in the source's words.
-        trace: whose routing is replayed, resampled to the model's shape; none for dense models.
-
-    Raises:
-        ValueError: a device, model or profile that is not known, or parts that break rules together.
-    """
-    if device not in MACHINES:
-        raise ValueError(f"{folder}: device {device!r} is not known; one of {', '.join(MACHINES)} would do")
-    profile = read_layer_profile(folder / "profiler" / "perf" / device / model / "bf16", engine.tensor_parallel_size)
-    spec = load_model(model.rpartition("/")[2].lower().removesuffix("-instruct-2507"))
-    engine = replace(engine, max_model_len=engine.max_model_len or spec.max_position)
-    if engine.enable_prefix_caching:
-        requests = distinct_prefixes(requests, engine.block_size)
-    if trace is None:
-        routing = zipf_trace(0, 1, 1, num_requests=1, prompt_tokens=1, output_tokens=1)
-    else:
-        routing = routing_like(trace, spec)
-    cluster, fleet = with_link(load_cluster(MACHINES[device]), link), Fleet(num_instances=1, router="vllm_load")
-    service = Service(f"{device}/{spec.name}", spec, cluster, routing, requests, engine, fleet=fleet)
-    raise_all(f"{folder}: {service.name}", service.mistakes())
-    return Setup(service, profile)
-
-
-def latencies_s(outcome: Outcome) -> dict[str, Floats]:
-    """TTFT, TPOT and E2E of each request."""
-    sent_s_Q, first_s_Q, last_s_Q = outcome.arrival_s_Q, outcome.first_token_s_Q, outcome.finish_s_Q
-    tpot_s_Q = (last_s_Q - first_s_Q) / np.maximum(outcome.generated_Q - 1, 1)
-    return {"TTFT": first_s_Q - sent_s_Q, "TPOT": tpot_s_Q, "E2E": last_s_Q - sent_s_Q}
+MOE_RUN = "RTXPRO6000/Qwen3-30B-A3B-Instruct-2507"
+WORKLOAD = "workloads/sharegpt-qwen3-30b-a3b-300-sps10.csv"
+MOE_ENGINE = EngineConfig(
+    data_parallel_size=2, enable_expert_parallel=True, max_num_seqs=128, max_num_batched_tokens=2048
+)
+"""How LLMServingSim ran it, by the folder's own description."""
 
 
 def figures(latencies: Mapping[str, Floats]) -> dict[str, float]:
@@ -170,32 +89,80 @@ def ends(residuals: Sequence[float]) -> tuple[float, float]:
 
 
 def validate_vllm_runs(
-    folder: Path, runs: Sequence[VllmRun], fit_on: str, report: Callable[[str], None] = lambda line: None
-) -> tuple[Validation, float, dict[str, list[float]]]:
-    """Judge the dense runs by the constant that one of them gives.
+    folder: Path,
+    fit_on: str = FIT_ON,
+    trace: RoutingTrace | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Validation:
+    """Judge the dense runs by the constant that one of them gives, and predict the run of experts.
+
+    Args:
+        folder: LLMServingSim's, with bench, profiler and workloads.
+        trace: routing that the experts' requests replay, of any shape; nothing is predicted without it, or without the
+            workload in the folder.
+        report: takes a line of progress.
 
     Returns:
-        The validation (baselines are LLMServingSim's predictions), the host's seconds, and the residuals of all pairs
-        of a fitted and a judged run.
+        Cases of each run, with LLMServingSim's predictions for baselines.
 
     Raises:
-        ValueError: no run has the name `fit_on`, or fewer than two dense runs are there.
+        ValueError: no run has the name `fit_on`, fewer than two dense runs are there, or a file has mistakes.
     """
-    dense = [run for run in runs if not run.engine.enable_expert_parallel]
-    if fit_on not in [run.name for run in dense] or len(dense) < 2:
-        raise ValueError(f"{folder}: the fit needs {fit_on} and one more dense run, given {[r.name for r in dense]}")
+    dense = [run for run in read_vllm_runs(folder) if not run.engine.enable_expert_parallel]
+    names = [run.name for run in dense]
+    if fit_on not in names or len(dense) < 2:
+        raise ValueError(f"{folder}: must have the run to fit on and another dense one, asked for {fit_on!r}, given "
+                         f"{', '.join(names) or 'none'}; name one of them")  # fmt: skip
     swept = []
     for run in dense:
         report(f"{run.name}: simulating it with {len(HOST_S)} values of the host's seconds")
         swept.append(Swept.of(run, setup_of(folder, run.device, run.model, run.engine, run.requests, run.link)))
     at = next(each for each in swept if each.run.name == fit_on).fitted()
     cases = [case for each in swept for case in _cases(each, swept, at, fit_on)]
-    facts: dict[str, Any] = {
+    facts = {
         "fitted": f"host: {HOST_S[at] * 1e3:.1f} ms an iteration, to mean TTFT and TPOT of {fit_on} alone",
-        "by other runs": ", ".join(f"{each.run.name} {HOST_S[each.fitted()] * 1e3:.1f} ms" for each in swept),
+        "fitted to each run instead": ", ".join(f"{s.run.name} {HOST_S[s.fitted()] * 1e3:.1f} ms" for s in swept),
+        "greatest error, whichever run is fitted to": _greatest(swept),
         "baseline": "LLMServingSim's own prediction of the same run",
     }
-    return Validation("vllm-runs", tuple(cases), facts), float(HOST_S[at]), crossed_residuals(swept)
+    if trace is not None and (folder / WORKLOAD).is_file():
+        report(f"{MOE_RUN}: predicting it")
+        cases += _predicted(folder, dense, float(HOST_S[at]), crossed_residuals(swept), trace)
+        facts[f"predicted: {MOE_RUN}"] = (
+            f"DP2 + EP, {WORKLOAD}, max_num_seqs 128, max_num_batched_tokens 2048, allgather_reducescatter over "
+            f"LLMServingSim's link, routing like {trace.name}; the host's seconds as fitted; no measurement is at hand"
+        )
+    return Validation("vllm-runs", tuple(cases), facts)
+
+
+def verdict(case: Case) -> str:
+    """Whether a case meets its aim: "agrees" or "differs"; its interval where nothing was measured."""
+    if case.measured is None:
+        return f"{case.low:.4g} to {case.high:.4g}"
+    aim = next((most for name, most in AIMS.items() if case.case.endswith(name)), None)
+    if aim is None or case.fitted or case.error is None:
+        return ""
+    return f"{'agrees' if abs(case.error) <= aim else 'differs'} (aim {aim:.0%})"
+
+
+def _greatest(swept: Sequence[Swept]) -> str:
+    """The worst of all pairs of a fitted and a judged run."""
+    found = crossed_residuals(swept)
+    return ", ".join(f"{name} {max(abs(np.expm1(-ratio)) for ratio in found[name]):.1%}" for name in AIMS)
+
+
+def _predicted(
+    folder: Path, dense: Sequence[VllmRun], host_s: float, residuals: Mapping[str, Sequence[float]], trace: RoutingTrace
+) -> list[Case]:
+    """The run of experts, between the ends of what dense runs were wrong by."""
+    device, _, name = MOE_RUN.partition("/")
+    link = next((run.link for run in dense if run.device == device), dense[0].link)
+    setup = setup_of(folder, device, f"Qwen/{name}", MOE_ENGINE, read_traffic(folder / WORKLOAD).requests, link, trace)
+    cases = []
+    for figure, seconds in figures(latencies_s(setup.simulate(host_s))).items():
+        low, high = ends(residuals[figure])
+        cases.append(Case(f"{MOE_RUN} {figure}", None, seconds, seconds * low, seconds * high, group=MOE_RUN))
+    return cases
 
 
 def _cases(each: Swept, swept: Sequence[Swept], at: int, fit_on: str) -> list[Case]:
