@@ -51,6 +51,18 @@ def print_validation(validation: Validation, as_json: bool, all_cases: bool = Fa
         console.print(_every_case(validation), highlight=False)
 
 
+def print_validations(validations: Sequence[Validation], as_json: bool, all_cases: bool = False) -> None:
+    """The first one, and others of the same measurements after it; as JSON, under "others" of the first."""
+    first, *others = validations
+    if as_json:
+        click.echo(json.dumps({**first.as_json(), "others": [other.as_json() for other in others]}, indent=2))
+        return
+    print_validation(first, as_json, all_cases)
+    for other in others:
+        click.echo(f"\n{other.name}\n")
+        print_validation(other, as_json, all_cases)
+
+
 def _console() -> Console:
     console = Console()
     return Console(width=min(console.width, WIDTH) if console.is_terminal else WIDTH)
