@@ -3,6 +3,10 @@
 The closed form of `moesim.validate.serving` prices one decode iteration. Here requests come, wait, are cut in chunks
 and leave, with the same constants (all but `prefill_factor`, which stands for what is played here). Lengths are even
 between 0.8 and 1 of the nominal ones where their mean is 0.9, as the recipes say.
+
+The benchmark sends 10 x concurrency requests, as many as there are clients at once, and counts them all
+(github.com/InferenceMAX/InferenceMAX: --num-prompts $((CONC * 10)) --request-rate inf), so that its time to the first
+token holds the queue of its start. TTFT here is of the same requests; TTFT-steady and TPOT leave a warm-up out.
 """
 
 from __future__ import annotations
@@ -31,19 +35,27 @@ from moesim.validate.cases import Case, Validation
 ROUNDS, WARM_UP = 12, 4
 """Requests of a run, and those of them at its beginning that are not counted, in multiples of its concurrency: all are
 sent at once at first, and it takes some rounds until prompts come one by one."""
+BENCHMARK = 10
+"""Requests that the benchmark sends and counts, in multiples of the concurrency."""
 COUNTED = 32
-"""Requests that are counted at least."""
+"""Requests after the warm-up, at least."""
 MAX_TOKENS = 8192
-"""Of an iteration; no run says it."""
+"""Of an iteration: --max-num-batched-tokens of the benchmark's vLLM servers, taken for the others too."""
+FIGURES = ("TPOT", "TTFT", "TTFT-steady")
 _EVERY = 20
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """Means over the requests that were counted, seconds."""
+    """Means, seconds; `ttft_s` of the requests that the benchmark counts, the others of those after the warm-up."""
 
     tpot_s: float
     ttft_s: float
+    steady_ttft_s: float
+
+    def of(self, figure: str) -> float:
+        """One of `FIGURES`."""
+        return dict(zip(FIGURES, (self.tpot_s, self.ttft_s, self.steady_ttft_s), strict=True))[figure]
 
 
 def left_out(run: Run) -> str:
@@ -93,18 +105,18 @@ def service_of(run: Run, values: Floats, trace: RoutingTrace, rounds: int = ROUN
 
 
 def simulate_run(run: Run, values: Floats, trace: RoutingTrace, rounds: int = ROUNDS) -> Simulated:
-    """Means over all requests but the first `WARM_UP` x concurrency of them.
+    """Serve the requests of a run.
 
     Raises:
         ValueError: it does not fit the machine.
     """
     service = service_of(run, values, trace, rounds)
     outcome = simulate_service(service)
-    assert service.requests.concurrency
-    counted = slice(WARM_UP * service.requests.concurrency, None)
-    first_s_Q, last_s_Q = outcome.first_token_s_Q[counted], outcome.finish_s_Q[counted]
-    tpot_s_Q = (last_s_Q - first_s_Q) / np.maximum(outcome.generated_Q[counted] - 1, 1)
-    return Simulated(float(tpot_s_Q.mean()), float((first_s_Q - outcome.arrival_s_Q[counted]).mean()))
+    clients = service.requests.concurrency or 1
+    ttft_s_Q = outcome.first_token_s_Q - outcome.arrival_s_Q
+    tpot_s_Q = (outcome.finish_s_Q - outcome.first_token_s_Q) / np.maximum(outcome.generated_Q - 1, 1)
+    begun, steady = slice(BENCHMARK * clients), slice(WARM_UP * clients, None)
+    return Simulated(float(tpot_s_Q[steady].mean()), float(ttft_s_Q[begun].mean()), float(ttft_s_Q[steady].mean()))
 
 
 def simulate_serving(
@@ -139,7 +151,7 @@ def simulate_serving(
             report(f"simulated {i + 1} of {len(runs)} runs")
     facts: dict[str, Any] = {
         "runs": f"{len(found)} of {len(runs)}, each a closed loop of {ROUNDS} x concurrency requests, of which the "
-        f"first {WARM_UP} x are not counted; iterations of at most {MAX_TOKENS:,} tokens, which is assumed",
+        f"first {WARM_UP} x are not counted (TTFT: the first {BENCHMARK} x are, as in the benchmark)",
         **{f"left out: {reason}": reasons.count(reason) for reason in dict.fromkeys(reasons)},
         **(_beside(runs, found, closed) if found else {}),
     }
@@ -149,10 +161,10 @@ def simulate_serving(
 def _cases(runs: Sequence[Run], found: Mapping[int, Simulated], closed: Validation) -> list[Case]:
     """Time per output token of all, then time to the first; intervals are not yet known."""
     cases = []
-    for figure in ("TPOT", "TTFT"):
+    for figure in FIGURES:
         for i, each in found.items():
-            measured = runs[i].tpot_s if figure == "TPOT" else runs[i].ttft_s
-            seconds, plain = (each.tpot_s, closed.cases[i].baseline) if figure == "TPOT" else (each.ttft_s, None)
+            is_tpot, seconds = figure == "TPOT", each.of(figure)
+            measured, plain = (runs[i].tpot_s, closed.cases[i].baseline) if is_tpot else (runs[i].ttft_s, None)
             fitted, group = closed.cases[i].fitted, f"{figure} {runs[i].group}"
             cases.append(Case(f"{runs[i].name} {figure}", measured, seconds, seconds, seconds, fitted, group, plain))
     return [case for case in cases if case.measured is not None]
@@ -184,7 +196,11 @@ def _with_intervals(cases: Sequence[Case]) -> list[Case]:
     result, known = [], dict[str, tuple[float, float]]()
     for case in cases:
         if case.group not in known:
-            others = [c for c in cases if c.group != case.group and c.group[:4] == case.group[:4] and c.case in logs]
+            others = [
+                c
+                for c in cases
+                if c.group != case.group and c.group.split()[0] == case.group.split()[0] and c.case in logs
+            ]
             sizes = [sum(c.group == other.group for c in others) for other in others]
             residuals = np.array([logs[c.case] for c in others])
             known[case.group] = quantiles(residuals, 1 / np.array(sizes, np.float64)) if others else (0.0, 0.0)
