@@ -124,8 +124,8 @@ def simulate_serving(
     closed: Validation,
     calibration: Calibration | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> Validation:
-    """Simulate the runs, and compare seconds per output token, and to the first.
+) -> list[Validation]:
+    """Simulate the runs, and compare seconds per output token, and to the first: a validation for each of `FIGURES`.
 
     Args:
         closed: what `validate_serving` found of the same runs, without measured tables.
@@ -155,19 +155,24 @@ def simulate_serving(
         **{f"left out: {reason}": reasons.count(reason) for reason in dict.fromkeys(reasons)},
         **(_beside(runs, found, closed) if found else {}),
     }
-    return Validation("serving, simulated", tuple(_with_intervals(_cases(runs, found, closed))), facts)
+    tpot, *others = (_cases(figure, runs, found, closed) for figure in FIGURES)
+    judged = [tpot, *(_with_intervals(cases) for cases in others)]
+    return [
+        Validation(f"serving, simulated: {figure}", tuple(cases), said)
+        for figure, cases, said in zip(FIGURES, judged, (facts, {}, {}), strict=True)
+    ]
 
 
-def _cases(runs: Sequence[Run], found: Mapping[int, Simulated], closed: Validation) -> list[Case]:
-    """Time per output token of all, then time to the first; intervals are not yet known."""
+def _cases(figure: str, runs: Sequence[Run], found: Mapping[int, Simulated], closed: Validation) -> list[Case]:
+    """One figure of all runs that have it, in an interval as wide as the closed form's."""
     cases = []
-    for figure in FIGURES:
-        for i, each in found.items():
-            is_tpot, seconds = figure == "TPOT", each.of(figure)
-            measured, plain = (runs[i].tpot_s, closed.cases[i].baseline) if is_tpot else (runs[i].ttft_s, None)
-            fitted, group = closed.cases[i].fitted, f"{figure} {runs[i].group}"
-            cases.append(Case(f"{runs[i].name} {figure}", measured, seconds, seconds, seconds, fitted, group, plain))
-    return [case for case in cases if case.measured is not None]
+    for i, each in found.items():
+        run, known, seconds = runs[i], closed.cases[i], each.of(figure)
+        measured, plain = (run.tpot_s, known.baseline) if figure == "TPOT" else (run.ttft_s, None)
+        low_s, high_s = (seconds * end / known.predicted for end in (known.low, known.high))
+        if measured is not None:
+            cases.append(Case(run.name, measured, seconds, low_s, high_s, known.fitted, run.group, plain))
+    return cases
 
 
 def _beside(runs: Sequence[Run], found: Mapping[int, Simulated], closed: Validation) -> dict[str, str]:
@@ -191,16 +196,15 @@ def _beside(runs: Sequence[Run], found: Mapping[int, Simulated], closed: Validat
 
 
 def _with_intervals(cases: Sequence[Case]) -> list[Case]:
-    """Ends of the 90 % interval of each group from the residuals of the other groups of its figure."""
+    """Ends of the 90 % interval of each group from the times to the first token of the other groups.
+
+    (The constants of those were fitted to seconds per output token, this group's among them.)
+    """
     logs = {c.case: math.log(c.measured / c.predicted) for c in cases if c.measured is not None and not c.fitted}
     result, known = [], dict[str, tuple[float, float]]()
     for case in cases:
         if case.group not in known:
-            others = [
-                c
-                for c in cases
-                if c.group != case.group and c.group.split()[0] == case.group.split()[0] and c.case in logs
-            ]
+            others = [c for c in cases if c.group != case.group and c.case in logs]
             sizes = [sum(c.group == other.group for c in others) for other in others]
             residuals = np.array([logs[c.case] for c in others])
             known[case.group] = quantiles(residuals, 1 / np.array(sizes, np.float64)) if others else (0.0, 0.0)

@@ -53,5 +53,5 @@ def serving_command(
     if simulate and made is None:
         from moesim.validate.serving_simulated import simulate_serving
 
-        found.append(simulate_serving(read, found[0], known, lambda line: click.echo(line, err=True)))
+        found += simulate_serving(read, found[0], known, lambda line: click.echo(line, err=True))
     print_validations(found, as_json, all_cases)
