@@ -1,9 +1,10 @@
 """LLMServingSim's profiles of vLLM's layers: DEVICE/MODEL/VARIANT/tpN/*.csv (or .csv.gz), beside them meta.yaml.
 
 Each number is microseconds of one call on one rank, of a model of one layer, kernels launched one by one. Times of
-kernels alone: no gap between them, no host. What the columns mean is not written down there; it follows from the data:
-`qkv_proj` of 2,048 tokens reaches 68 % of the datasheet's FLOP rate, `lm_head` 82 % of its memory rate, and `moe` of
-128 experts reads 92 % of what `lm_head` does: each is of one layer (`tests/test_layer_profiles.py` checks them).
+kernels alone: no gap between them, no host. What the columns mean is not written down there; it follows from the data.
+On an RTX PRO 6000 `qkv_proj` of 2,048 tokens reaches 64 % of the datasheet's FLOP rate and `lm_head` 83 % of its memory
+rate, and the fastest `moe` of 128 experts reads them at the rate of `lm_head`: each is one layer's (Qwen3-30B-A3B;
+`tests/test_layer_profiles.py` checks it).
 
 attention.csv: prefill_chunk, kv_prefill, n_decode, kv_decode, time_us: one chunk of a prompt with so many tokens before
     it, together with so many decoding requests of so many cached tokens each; projections apart.
