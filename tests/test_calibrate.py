@@ -557,7 +557,7 @@ def test_a_validation_without_its_data_is_skipped_in_one_line(tmp_path, name, mo
 
 def test_validate_serving_prints_groups_and_facts(tmp_path):
     runs = as_csv(tmp_path / "runs.csv", [run for run in made_runs(0.03).runs if run.num_draft_tokens == 0])
-    result = CliRunner().invoke(cli, ["validate", "serving", runs, "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(cli, ["validate", "serving", runs, "--json", "--closed-form"], catch_exceptions=False)
     shape = json.loads(result.stdout)
     assert shape["rows"] == 72 and shape["median_abs_error"] < 0.2 and "baseline_median_abs_error" in shape
     assert any("easier split" in name for name in shape["facts"])
@@ -568,7 +568,7 @@ def test_a_profile_predicts_other_groups_and_is_not_judged_on_its_own(tmp_path):
     mine = as_csv(tmp_path / "mine.csv", [run for run in timed if run.system != "b200_sxm"])
     every, profile = as_csv(tmp_path / "every.csv", timed), str(tmp_path / "p.toml")
     CliRunner().invoke(cli, ["calibrate", mine, "-o", profile], catch_exceptions=False)
-    told = ["validate", "serving", every, "--calibration", profile, "--json"]
+    told = ["validate", "serving", every, "--calibration", profile, "--json", "--closed-form"]
     shape = json.loads(CliRunner().invoke(cli, told, catch_exceptions=False).stdout)
     assert shape["rows"] == 12 and {row["group"] for row in shape["table"] if not row["fitted"]} == {
         "gpt-oss-120b b200_sxm trtllm"

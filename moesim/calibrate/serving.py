@@ -80,7 +80,7 @@ def price_runs(runs: Sequence[Run], make_kernels: MakeKernels = roofline_kernels
             if run.model not in models:
                 models[run.model] = load_model(run.model)
             if machine not in clusters:
-                clusters[machine] = _cluster(*machine)
+                clusters[machine] = cluster_of(*machine)
         except ValueError as error:
             mistakes.append(str(error))
     raise_all("runs", list(dict.fromkeys(mistakes)))
@@ -98,7 +98,8 @@ def price_runs(runs: Sequence[Run], make_kernels: MakeKernels = roofline_kernels
     )  # fmt: skip
 
 
-def _cluster(system: str, num_ranks: int) -> Cluster:
+def cluster_of(system: str, num_ranks: int) -> Cluster:
+    """So many devices of a machine of `SYSTEMS`, or of a preset or path, on as many nodes as they take."""
     name = SYSTEMS.get(system, system)
     cluster = load_cluster(name)
     nodes = -(-num_ranks // cluster.devices_per_node)
@@ -106,7 +107,7 @@ def _cluster(system: str, num_ranks: int) -> Cluster:
 
 
 def _price(run: Run, model: ModelSpec, cluster: Cluster, kernels: Kernels) -> tuple[Floats, Floats, float, float]:
-    deployment = Deployment(_quantised(model, run.expert_dtype), cluster, run.dp, run.tp, run.ep, run.etp, run.kv_dtype)
+    deployment = Deployment(quantised(model, run.expert_dtype), cluster, run.dp, run.tp, run.ep, run.etp, run.kv_dtype)
     prompt, output = run.prompt_tokens * run.length_fraction, run.output_tokens * run.length_fraction
     per_rank = run.concurrency / (run.num_instances * run.dp)
     if run.max_requests_per_rank is not None:
@@ -122,7 +123,7 @@ def _price(run: Run, model: ModelSpec, cluster: Cluster, kernels: Kernels) -> tu
     return decode, prefill, (per_rank - 1 / run.dp) / output, float(deployment.spans_nodes)
 
 
-def _quantised(model: ModelSpec, expert_dtype: str) -> ModelSpec:
+def quantised(model: ModelSpec, expert_dtype: str) -> ModelSpec:
     """The model with its experts in another format; one of as many bits is a label for the model's own."""
     own = model.dtypes.experts
     if not expert_dtype or round(8 * BYTES_PER_PARAM[expert_dtype]) == round(8 * BYTES_PER_PARAM[own]):

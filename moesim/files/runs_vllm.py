@@ -114,10 +114,11 @@ def engine_of(given: Mapping[str, Any], mistakes: list[str]) -> EngineConfig:
     mistakes += [f"vllm/meta.json: {key} must be a whole number above 0, given {given[key]!r}" for key in wrong]
     if wrong:
         return EngineConfig()
+    counts: dict[str, Any] = {key: given[key] for key in whole if key in given}
     return EngineConfig(
         enable_expert_parallel=bool(given.get("enable_expert_parallel", False)),
         max_model_len=given.get("max_model_len"),
-        **{key: int(given[key]) for key in whole if key in given},
+        **counts,
     )
 
 

@@ -5,8 +5,8 @@ alone, a chunk alone, and what both take longer together. That is no small term:
 decoding requests as if they were chunks of one token, without sharing the reads of grouped queries, so that they take
 1.5 to 3 times as long (128 requests of 1,024 tokens on an RTX PRO 6000: 405 us alone, 664 us beside a chunk).
 
-That requests are unevenly long is left out: at 128 requests it adds at most 5 % to attention in LLMServingSim's skew.csv,
-below 2 % of an iteration.
+That requests are unevenly long is left out: at 128 requests it adds at most 5 % to attention in LLMServingSim's
+skew.csv, below 2 % of an iteration.
 """
 
 from __future__ import annotations
@@ -66,12 +66,11 @@ def measured_prices(prices: Prices, profile: LayerProfile, model: ModelSpec, hos
     for part in MEASURED_PARTS:
         shares_PX[PARTS.index(part)] = np.arange(len(SOURCES)) == SOURCES.index("measured")
     shares_PX[PARTS.index("host")] = np.arange(len(SOURCES)) == SOURCES.index("fitted")
-    return prices._replace(
+    return _with_attention(prices, profile)._replace(
         token_s_ON=token_s_ON,
         head_s_N=np.where(grid_N > 0, head_s_N, 0.0),
         host_s=host_s,
         shares_PX=shares_PX,
-        **_attention(profile),
     )
 
 
@@ -102,31 +101,33 @@ def _summed(profile: LayerProfile, names: tuple[str, ...], grid_N: Floats, least
     return np.asarray(np.sum(lines, axis=0))
 
 
-def _attention(profile: LayerProfile) -> dict[str, Floats]:
+def _with_attention(prices: Prices, profile: LayerProfile) -> Prices:
     """The joint table taken apart, on its own points."""
-    points = {tuple(map(int, point)): s for point, s in zip(profile.attention_NX, profile.attention_s_N, strict=True)}
+    at = profile.attention_NX.astype(np.int64).tolist()
+    points = {tuple(point): seconds for point, seconds in zip(at, profile.attention_s_N.tolist(), strict=True)}
     chunks, befores, requests, contexts = (np.unique(profile.attention_NX[:, i]) for i in range(4))
     chunk_X, requests_A, context_C = (axis[axis > 0] for axis in (chunks, requests, contexts))
     before_Y = np.union1d(befores, [0.0])
-    decode_AC = np.array([_curve(points, context_C, lambda kv, n=n: (0, 0, n, kv)) for n in requests_A])
-    prefill_XY = np.array([_curve(points, before_Y, lambda kv, x=x: (x, kv, 0, 0)) for x in chunk_X])
+    decode_AC = np.array([_curve(points, context_C, 3, (0, 0, num, 0)) for num in requests_A])
+    prefill_XY = np.array([_curve(points, before_Y, 1, (chunk, 0, 0, 0)) for chunk in chunk_X])
     mixed_XAC = np.zeros((len(chunk_X), *decode_AC.shape))
     for x, chunk in enumerate(chunk_X):
         for a, num in enumerate(requests_A):
-            joint_C = _curve(points, context_C, lambda kv, x=chunk, n=num: (x, 0, n, kv))
+            joint_C = _curve(points, context_C, 3, (chunk, 0, num, 0))
             if joint_C is None:  # as much as fewer requests take longer
                 mixed_XAC[x, a] = mixed_XAC[x, a - 1] * (decode_AC[a] / decode_AC[a - 1]) if a else 0.0
             else:
                 mixed_XAC[x, a] = joint_C - prefill_XY[x, 0] - decode_AC[a]
-    return {
-        "requests_A": requests_A, "context_C": context_C, "decode_s_VAC": decode_AC[None],
-        "chunk_X": chunk_X, "before_Y": before_Y, "prefill_s_VXY": prefill_XY[None], "mixed_s_VXAC": mixed_XAC[None],
-    }  # fmt: skip
+    return prices._replace(
+        requests_A=requests_A, context_C=context_C, decode_s_VAC=decode_AC[None], chunk_X=chunk_X, before_Y=before_Y,
+        prefill_s_VXY=prefill_XY[None], mixed_s_VXAC=mixed_XAC[None],
+    )  # fmt: skip
 
 
-def _curve(points, sizes_N, key):  # type: ignore[no-untyped-def]
-    """Seconds along one axis of the table at all sizes, from those of them that were measured; None for fewer than 2."""
-    known = [(size, points[at]) for size in sizes_N if (at := tuple(map(int, key(size)))) in points]
+def _curve(points: Mapping[tuple[int, ...], float], sizes_N: Floats, axis: int, at: tuple[float, ...]) -> Floats | None:
+    """Seconds at all sizes of one axis, the others as in `at`, from those measured; None for fewer than 2."""
+    keys = [(size, (*map(int, at[:axis]), int(size), *map(int, at[axis + 1 :]))) for size in sizes_N]
+    known = [(size, points[key]) for size, key in keys if key in points]
     if len(known) < 2:
         return None
     return on_line((np.array([size for size, _ in known]), np.array([s for _, s in known])), sizes_N)

@@ -8,6 +8,7 @@ from moesim.cli.validate.kernels import kernels_command
 from moesim.cli.validate.network import network_command
 from moesim.cli.validate.serving import serving_command
 from moesim.cli.validate.this_machine import this_machine_command
+from moesim.cli.validate.vllm_runs import vllm_runs_command
 from moesim.cli.validate.wide_ep import wide_ep_command
 
 COMMANDS: tuple[click.Command, ...] = (
@@ -15,6 +16,7 @@ COMMANDS: tuple[click.Command, ...] = (
     kernels_command,
     network_command,
     serving_command,
+    vllm_runs_command,
     wide_ep_command,
 )
 

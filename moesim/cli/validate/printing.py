@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moesim.validate.cases import Validation, summary
+from moesim.validate.cases import Case, Validation, summary
 
 SHOWN = {
     "rows": ("rows", "{:d}"),
@@ -42,14 +42,51 @@ def print_validation(validation: Validation, as_json: bool, all_cases: bool = Fa
     if as_json:
         click.echo(json.dumps(validation.as_json(), indent=2))
         return
-    console = Console()
-    console = Console(width=min(console.width, WIDTH) if console.is_terminal else WIDTH)
+    console = _console()
     facts = {**validation.facts, **({"aims": _aims(validation)} if validation.aims else {})}
     for name, said in facts.items():
         console.print(f"{name.replace('_', ' ')}: {_written(name, said)}", highlight=False, markup=False)
     console.print(_summaries(validation), highlight=False)
     if all_cases:
         console.print(_every_case(validation), highlight=False)
+
+
+def print_validations(validations: Sequence[Validation], as_json: bool, all_cases: bool = False) -> None:
+    """The first one, and others of the same measurements after it; as JSON, under "others" of the first."""
+    first, *others = validations
+    if as_json:
+        click.echo(json.dumps({**first.as_json(), "others": [other.as_json() for other in others]}, indent=2))
+        return
+    print_validation(first, as_json, all_cases)
+    for other in others:
+        click.echo(f"\n{other.name}\n")
+        print_validation(other, as_json, all_cases)
+
+
+def _console() -> Console:
+    console = Console()
+    return Console(width=min(console.width, WIDTH) if console.is_terminal else WIDTH)
+
+
+def print_against_baseline(validation: Validation, as_json: bool, verdict: Callable[[Case], str]) -> None:
+    """JSON, or every case with the error of its baseline beside its own, and what is to be said of it."""
+    if as_json:
+        print_validation(validation, as_json)
+        return
+    console = _console()
+    for name, said in validation.facts.items():
+        console.print(f"{name}: {said}", highlight=False, markup=False)
+    table = _table(("case", "measured (s)", "predicted (s)", "error", "baseline's\nerror", ""))
+    for cases in validation.groups().values():
+        table.add_section()
+        for case in cases:
+            measured, error, theirs = "-", "-", "-"
+            if case.measured is not None:
+                measured, error = _plain(case.measured), f"{case.predicted / case.measured - 1:+.1%}"
+                theirs = "-" if case.baseline is None else f"{case.baseline / case.measured - 1:+.1%}"
+            said = "fitted" if case.fitted else verdict(case)
+            table.add_row(escape(case.case), measured, _plain(case.predicted), error, theirs, said)
+    console.print(table, highlight=False)
 
 
 def _written(name: str, said: object) -> str:

@@ -16,16 +16,24 @@ import click
 @click.option(
     "--calibration", type=click.Path(path_type=Path), help="Written by `moesim calibrate`; nothing is fitted."
 )
+@click.option("--simulate/--closed-form", default=True, show_default=True, help="Whether to simulate requests as well.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--all", "all_cases", is_flag=True, help="Print every run.")
 def serving_command(
-    runs: Path, kernels: Path | None, recipes: Path | None, calibration: Path | None, as_json: bool, all_cases: bool
+    runs: Path,
+    kernels: Path | None,
+    recipes: Path | None,
+    calibration: Path | None,
+    simulate: bool,
+    as_json: bool,
+    all_cases: bool,
 ) -> None:
     """Predict the time per output token of RUNS; without them, or the tables, the validation is skipped.
 
-    Each (model, system, backend) is predicted by constants fitted to the others, or all by the calibration.
+    Each (model, system, backend) is predicted by constants fitted to the others, or all by the calibration. Runs whose
+    prompts and answers are computed together are then simulated, request by request, unless kernels are measured ones.
     """
-    from moesim.cli.validate.printing import print_skipped, print_validation
+    from moesim.cli.validate.printing import print_skipped, print_validations
 
     needed = {runs: "a table of serving runs, or a folder of them", kernels: "a folder of measured kernel tables"}
     for path, give in needed.items():
@@ -41,4 +49,9 @@ def serving_command(
     read = with_recipes(read_runs(runs), load_recipes(recipes))
     made = load_kernels(kernels) if kernels else None
     known = load_calibration(calibration) if calibration else None
-    print_validation(validate_serving(read, made, known), as_json, all_cases)
+    found = [validate_serving(read, made, known)]
+    if simulate and made is None:
+        from moesim.validate.serving_simulated import simulate_serving
+
+        found += simulate_serving(read, found[0], known, lambda line: click.echo(line, err=True))
+    print_validations(found, as_json, all_cases)

@@ -1,9 +1,10 @@
 """LLMServingSim's profiles of vLLM's layers: DEVICE/MODEL/VARIANT/tpN/*.csv (or .csv.gz), beside them meta.yaml.
 
 Each number is microseconds of one call on one rank, of a model of one layer, kernels launched one by one. Times of
-kernels alone: no gap between them, no host. What the columns mean is not written down there; it follows from the data:
-`qkv_proj` of 2,048 tokens reaches 68 % of the datasheet's FLOP rate, `lm_head` 82 % of its memory rate, and `moe` of 128
-experts reads 92 % of what `lm_head` does, so that these are one layer's; `tests/test_layer_profiles.py` checks them.
+kernels alone: no gap between them, no host. What the columns mean is not written down there; it follows from the data.
+On an RTX PRO 6000 `qkv_proj` of 2,048 tokens reaches 64 % of the datasheet's FLOP rate and `lm_head` 83 % of its memory
+rate, and the fastest `moe` of 128 experts reads them at the rate of `lm_head`: each is one layer's (Qwen3-30B-A3B;
+`tests/test_layer_profiles.py` checks it).
 
 attention.csv: prefill_chunk, kv_prefill, n_decode, kv_decode, time_us: one chunk of a prompt with so many tokens before
     it, together with so many decoding requests of so many cached tokens each; projections apart.
@@ -73,7 +74,7 @@ def read_layer_profile(folder: str | Path, tp: int = 1) -> LayerProfile:
             are not positive, points that come twice.
     """
     folder = Path(folder)
-    place, mistakes = folder / f"tp{tp}", []
+    place, mistakes = folder / f"tp{tp}", list[str]()
     meta = _read_meta(folder / "meta.yaml", mistakes)
     attention_NX, attention_s_N, _ = _rows(place, "attention", ATTENTION, 0, mistakes)
     dense = _lines(place, "dense", "tokens", (*ONCE, *CALLS), (*ONCE, "layernorm", "qkv_proj", "o_proj"), mistakes)
@@ -106,7 +107,7 @@ def _rows(
     place: Path, name: str, axes: tuple[str, ...], least: int, mistakes: list[str], label: str = ""
 ) -> tuple[Floats, Floats, list[str]]:
     """Coordinates [N, axes], seconds [N] and labels of a table; nothing, and mistakes, where it has any."""
-    nothing = np.zeros((0, len(axes))), np.zeros(0), []
+    nothing = np.zeros((0, len(axes))), np.zeros(0), list[str]()
     path = _found(place, name)
     if path is None:
         mistakes.append(f"{place.name}/{name}.csv lacks (or {name}.csv.gz); copy the whole folder of the variant")
@@ -129,11 +130,11 @@ def _rows(
         return nothing
     labels = [str(word) for word in table[label].to_pylist()] if label else [""] * len(points)
     wrong_N = ~((points >= least) & (points == np.round(points))).all(axis=1) | ~((micros_N > 0) & (micros_N < np.inf))
-    for row in np.flatnonzero(wrong_N)[:5]:
-        mistakes.append(
-            f"{where}: row {row + 1}: {', '.join(axes)} must be whole numbers of at least {least} and time_us a positive "
-            f"number, not {[*points[row], micros_N[row]]}"
-        )
+    mistakes += [
+        f"{where}: row {row + 1}: {', '.join(axes)} must be whole numbers of at least {least} and time_us a positive "
+        f"number, given {[*points[row].tolist(), float(micros_N[row])]}; profile that point again"
+        for row in np.flatnonzero(wrong_N)[:5]
+    ]
     keys = [(word, *point) for word, point in zip(labels, points.tolist(), strict=True)]
     twice = len(keys) - len(set(keys))
     if twice:
