@@ -63,11 +63,12 @@ def import_flags(words: Sequence[str]) -> Imported:
         tool, table, ignored = "vllm", _VLLM, _VLLM_IGNORED
     else:
         raise ValueError(
-            f"import-flags: must be a command line of `vllm serve` or `python -m sglang.launch_server`, given {joined!r}"
+            "import-flags: must be a command line of `vllm serve` or `python -m sglang.launch_server`, "
+            f"given {joined!r}"
         )
     found, raw = Imported(tool), dict[str, Any]()
     mistakes: list[str] = []
-    i = 0
+    i = next((i + 1 for i, word in enumerate(words) if tool in word), 0)
     while i < len(words):
         word = words[i]
         i += 1
@@ -180,13 +181,15 @@ _VLLM: dict[str, tuple[bool, Put]] = {
     "--speculative-config": _object({"num_speculative_tokens": "num_speculative_tokens"}),
 }
 _VLLM_IGNORED = frozenset(
-    "--host --port --api-key --served-model-name --trust-remote-code --dtype --seed --tokenizer --tokenizer-mode "
-    "--download-dir --load-format --disable-log-requests --disable-log-stats --enforce-eager --chat-template "
-    "--enable-auto-tool-choice --tool-call-parser --reasoning-parser --kv-cache-dtype --quantization -q -O "
-    "--compilation-config --distributed-executor-backend --revision --uvicorn-log-level --async-scheduling "
-    "--data-parallel-address --data-parallel-rpc-port --data-parallel-size-local --headless --nnodes "
-    "--node-rank".split()
-)
+    (
+        "--host", "--port", "--api-key", "--served-model-name", "--trust-remote-code", "--dtype", "--seed",
+        "--tokenizer", "--tokenizer-mode", "--download-dir", "--load-format", "--disable-log-requests",
+        "--disable-log-stats", "--enforce-eager", "--chat-template", "--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parser",
+        "--kv-cache-dtype", "--quantization", "-q", "-O", "--compilation-config", "--distributed-executor-backend",
+        "--revision", "--uvicorn-log-level", "--async-scheduling", "--data-parallel-address",
+        "--data-parallel-rpc-port", "--data-parallel-size-local", "--headless", "--nnodes", "--node-rank",
+    )
+)  # fmt: skip
 """Known, and without an effect on what is simulated (formats are those of [dtypes])."""
 
 _SGLANG: dict[str, tuple[bool, Put]] = {
@@ -222,14 +225,17 @@ _SGLANG: dict[str, tuple[bool, Put]] = {
     "--speculative-num-draft-tokens": _to("drafts"),
 }
 _SGLANG_IGNORED = frozenset(
-    "--host --port --api-key --served-model-name --trust-remote-code --dtype --random-seed --tokenizer-path "
-    "--log-level --disable-cuda-graph --cuda-graph-max-bs --cuda-graph-bs --chat-template --tool-call-parser "
-    "--reasoning-parser --kv-cache-dtype --quantization --attention-backend --watchdog-timeout --dist-init-addr "
-    "--nnodes --node-rank --enable-metrics --decode-log-interval --schedule-policy --schedule-conservativeness "
-    "--speculative-algorithm --speculative-num-steps --speculative-eagle-topk --speculative-draft-model-path "
-    "--moe-dense-tp-size --enable-dp-lm-head --disable-overlap-schedule --init-expert-location "
-    "--eplb-algorithm --stream-interval".split()
-)
+    (
+        "--host", "--port", "--api-key", "--served-model-name", "--trust-remote-code", "--dtype", "--random-seed",
+        "--tokenizer-path", "--log-level", "--disable-cuda-graph", "--cuda-graph-max-bs", "--cuda-graph-bs",
+        "--chat-template", "--tool-call-parser", "--reasoning-parser", "--kv-cache-dtype", "--quantization",
+        "--attention-backend", "--watchdog-timeout", "--dist-init-addr", "--nnodes", "--node-rank", "--enable-metrics",
+        "--decode-log-interval", "--schedule-policy", "--schedule-conservativeness", "--speculative-algorithm",
+        "--speculative-num-steps", "--speculative-eagle-topk", "--speculative-draft-model-path", "--moe-dense-tp-size",
+        "--enable-dp-lm-head", "--disable-overlap-schedule", "--init-expert-location", "--eplb-algorithm",
+        "--stream-interval",
+    )
+)  # fmt: skip
 
 
 def _sglang(raw: dict[str, Any]) -> dict[str, Any]:
@@ -243,12 +249,14 @@ def _sglang(raw: dict[str, Any]) -> dict[str, Any]:
     backend, mode, ep = raw.pop("a2a", "none"), raw.pop("deepep_mode", "auto"), raw.pop("ep", 1)
     if raw.pop("dp_attention", False):
         if tp % dp:
-            raise ValueError(f"import-flags: --dp-size must divide --tp-size = {tp} with --enable-dp-attention, given {dp}")
+            raise ValueError(
+                f"import-flags: with --enable-dp-attention, --dp-size must divide --tp-size {tp}, given {dp}"
+            )
         tp //= dp
     elif dp > 1:
         raise ValueError(
-            f"import-flags: --dp-size {dp} without --enable-dp-attention are {dp} servers of their own; leave it out, and "
-            f"give fleet.num_instances = {dp}"
+            f"import-flags: --dp-size {dp} without --enable-dp-attention are {dp} servers of their own; leave it out, "
+            f"and give fleet.num_instances = {dp}"
         )
     found: dict[str, Any] = {"scheduler": "sglang", "tensor_parallel_size": tp, "data_parallel_size": dp}
     found["enable_expert_parallel"] = ep > 1 or backend == "deepep" or dp > 1
