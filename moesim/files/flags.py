@@ -184,7 +184,8 @@ _VLLM_IGNORED = frozenset(
     (
         "--host", "--port", "--api-key", "--served-model-name", "--trust-remote-code", "--dtype", "--seed",
         "--tokenizer", "--tokenizer-mode", "--download-dir", "--load-format", "--disable-log-requests",
-        "--disable-log-stats", "--enforce-eager", "--chat-template", "--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parser",
+        "--disable-log-stats", "--enforce-eager", "--chat-template", "--enable-auto-tool-choice", "--tool-call-parser",
+        "--reasoning-parser",
         "--kv-cache-dtype", "--quantization", "-q", "-O", "--compilation-config", "--distributed-executor-backend",
         "--revision", "--uvicorn-log-level", "--async-scheduling", "--data-parallel-address",
         "--data-parallel-rpc-port", "--data-parallel-size-local", "--headless", "--nnodes", "--node-rank",
