@@ -21,7 +21,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/moesim run studies/quickstart.toml --report build/quickstart.html --perfetto build/quickstart.perfetto.json
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 -m slow

@@ -1,4 +1,4 @@
-"""Small made-up models, machines and scenarios that many tests share."""
+"""Small made-up models, machines and scenarios that many tests share; which tests a worker runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from moesim.policies import Policies
 from moesim.routing.synthetic import zipf_trace
 from moesim.scenario import Scenario
 from moesim.workload import Workload
+
+ENGINE = ("deployments", "queueing", "requests", "service_run", "serving_engine", "serving_simulated", "vllm_runs")
+"""Files of tests that compile the engine of serving, which takes a minute."""
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadgroup: one worker compiles the engine, once, while the other runs all other tests."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneCompiler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "engine" if nodeid.startswith(tuple(f"tests/test_{name}.py" for name in ENGINE)) else nodeid
+
+    return OneCompiler(config, log) if config.getvalue("dist") == "loadgroup" else None
+
 
 HALF = Efficiency(0.5, 0.4, 0.6, "assumed")
 
