@@ -34,6 +34,7 @@ def queue(service, bound="value", prompt_s=2e-5, token_s=5e-3, until_s=np.inf, c
     num, now_s = len(r), 0.0
     start_s_Q, first_s_Q, finish_s_Q = np.full((3, num), np.nan)
     generated_Q, counts = np.zeros(num, np.int64), np.zeros(len(ITL_EDGES_S) - 1, np.int64)
+    token_s_G = []
     bin_ = np.searchsorted(ITL_EDGES_S, token_s * factor, side="right") - 1
     for q in range(num):
         start_s = max(now_s, r.arrival_s_Q[q])
@@ -46,12 +47,14 @@ def queue(service, bound="value", prompt_s=2e-5, token_s=5e-3, until_s=np.inf, c
             first_s_Q[q] = first_s
             generated_Q[q] = r.output_Q[q] if now_s <= until_s else 1 + (until_s - first_s) // (token_s * factor)
             counts[bin_] += generated_Q[q] - 1
+            token_s_G.append(first_s + token_s * factor * np.arange(generated_Q[q]))
         if now_s <= until_s:
             finish_s_Q[q] = now_s
     seconds = min(now_s, until_s)
     is_stopped = bool(np.isfinite(until_s))
     arrival_s_Q = np.where(r.arrival_s_Q <= seconds, r.arrival_s_Q, np.nan)
     time_s = np.linspace(0, seconds, cap + 1)
+    tokens = np.histogram(np.minimum(np.concatenate([[], *token_s_G]), seconds), time_s)[0]
     left_s_Q = np.where(np.isfinite(finish_s_Q), finish_s_Q, seconds)
     begun_s_Q = np.where(np.isfinite(start_s_Q), start_s_Q, seconds)
     waiting, running = _present(arrival_s_Q, begun_s_Q, time_s), _present(start_s_Q, left_s_Q, time_s)
@@ -69,7 +72,7 @@ def queue(service, bound="value", prompt_s=2e-5, token_s=5e-3, until_s=np.inf, c
         arrival_s_Q, start_s_Q, first_s_Q, finish_s_Q, r.prompt_Q, r.output_Q, generated_Q, r.prompt_Q // 4, whole,
         np.where(generated_Q > 1, token_s * factor, np.nan), whole, whole, np.zeros(num, bool), minus, whole, counts,
         {"time_s": time_s[1:], "running": running, "waiting": waiting, "kv_fraction": np.clip(waiting / 20, 0, 1),
-         "imbalance": waves, "output_tokens_per_s": running / token_s, "instances": np.ones(cap)},
+         "imbalance": waves, "output_tokens_per_s": tokens / time_s[1], "instances": np.ones(cap)},
         {part: share * busy_s for part, share in parts.items()},
         {"measured_fraction": 0.5, "fitted_fraction": 0.2, "datasheet_fraction": 0.1, "assumed_fraction": 0.2},
         busy_s, max(1, int(generated_Q.sum())), 4 * seconds, seconds, is_stopped,

@@ -98,19 +98,10 @@ def histogram_quantile(counts: NDArray[np.int64], share: float, edges_s: Floats 
 
 
 def tokens_out(outcome: Outcome, start_s: float, end_s: float) -> float:
-    """Output tokens between two times: the first of each request when it came, its others evenly until its last.
-
-    A request that is not finished spreads what it has until the end of the run.
-    """
-    first_Q = outcome.first_token_s_Q
-    last_Q = np.where(np.isfinite(outcome.finish_s_Q), outcome.finish_s_Q, outcome.seconds)
-    has_Q = np.isfinite(first_Q) & (outcome.generated_Q > 0)
-    first_Q, last_Q, after_Q = first_Q[has_Q], last_Q[has_Q], outcome.generated_Q[has_Q] - 1
-    span_Q = last_Q - first_Q
-    inside_Q = np.clip(np.minimum(last_Q, end_s) - np.maximum(first_Q, start_s), 0.0, None)
-    is_in_Q = (first_Q >= start_s) & (first_Q <= end_s)
-    share_Q = np.divide(inside_Q, span_Q, out=is_in_Q.astype(float), where=span_Q > 0)
-    return float(is_in_Q.sum() + (after_Q * share_Q).sum())
+    """Output tokens between two times, by the timeline: evenly inside each of its windows."""
+    time_s = np.concatenate([[0.0], outcome.timeline["time_s"]])
+    until = np.concatenate([[0.0], np.cumsum(np.diff(time_s) * outcome.timeline["output_tokens_per_s"])])
+    return float(np.diff(np.interp([start_s, end_s], time_s, until))[0])
 
 
 def latency_metrics(outcome: Outcome, window: Window = ALL) -> dict[str, float]:
