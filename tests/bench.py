@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from bench_serving import PEERS, serving
 
 from moesim.estimate import estimate
 from moesim.files.hardware import load_cluster
@@ -179,13 +180,14 @@ def main() -> None:
         seconds(lambda: subprocess.run(check, check=True, capture_output=True)) for _ in range(ROUNDS)
     )
     figures["start_of_a_run_s"] = (started, "s")
+    figures.update(serving())
     write(figures)
 
 
 def write(figures: dict[str, tuple[float, str]]) -> None:
     """The table on stdout and build/bench.json, written whole or not at all."""
     for name, (value, unit) in figures.items():
-        print(f"{name:34s} {value:14,.2f} {unit}")
+        print(f"{name:38s} {value:14,.2f} {unit:4s} {PEERS.get(name, '')}".rstrip())
     folder = Path("build")
     folder.mkdir(exist_ok=True)
     rows = {name: {"value": value, "unit": unit} for name, (value, unit) in figures.items()}

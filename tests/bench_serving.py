@@ -1,8 +1,4 @@
-"""How fast services run: the part of `make bench` with requests.
-
-Peers on the same kind of machine: BLIS (Go, uniform routing) takes 1.04 s for 300 requests, 14.2 s for 5,000, and does
-not finish 8 instances in 300 s; LLMServingSim reports 24 s for a run like the first.
-"""
+"""How fast services run: the part of `make bench` with requests."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from rich.progress import Progress
 
 from moesim.files.hardware import load_cluster
 from moesim.files.models import load_model
@@ -23,6 +20,12 @@ from moesim.routing.synthetic import zipf_trace
 from moesim.service import EngineConfig, Service
 from moesim.simulate.serving import simulate_service
 
+PEERS = {
+    "serving_300_requests_s": "BLIS (Go, uniform routing) 1.04 s; LLMServingSim reports 24 s for a like run",
+    "serving_5000_requests_s": "BLIS 14.2 s",
+    "serving_8_instances_10000_requests_s": "BLIS is not done in 300 s",
+}
+"""What others take for the same on the same kind of machine."""
 R1_CLIENTS = Path(__file__).parents[2] / "shared/data/requests_servegen/reason_deepseek-r1_rates.parquet"
 DAY = """
 name = "day"
@@ -69,11 +72,14 @@ def qwen(num: int, rate_per_s: float, output_tokens: float = 512.0, instances: i
     )  # fmt: skip
 
 
-def served_s(service: Service) -> float:
-    """Seconds from a service to its outcome."""
-    start = time.perf_counter()
-    outcome = simulate_service(service)
-    taken = time.perf_counter() - start
+def served_s(service: Service, watched: str = "") -> float:
+    """Seconds from a service to its outcome; with a progress bar of that name."""
+    total = len(service.requests)
+    with Progress(disable=not watched, transient=True) as progress:
+        task = progress.add_task(watched, total=total)
+        start = time.perf_counter()
+        outcome = simulate_service(service, tell=lambda finished, now_s: progress.update(task, completed=finished))
+        taken = time.perf_counter() - start
     assert np.isfinite(outcome.finish_s_Q[~outcome.dropped_Q]).all()
     return taken
 
@@ -113,7 +119,7 @@ def day() -> dict[str, tuple[float, str]]:
         service = load_services(path)[0]
     return {
         "serving_day_requests": (float(len(service.requests)), ""),
-        "serving_day_s": (served_s(service), "s"),
+        "serving_day_s": (served_s(service, "a day"), "s"),
     }
 
 
@@ -128,8 +134,3 @@ def serving() -> dict[str, tuple[float, str]]:
         **linearity(),
         **day(),
     }
-
-
-if __name__ == "__main__":
-    for key, (value, unit) in serving().items():
-        print(f"{key:45s} {value:.4g} {unit}", flush=True)
