@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.calibrate.measured import preferred
 from moesim.costs.measured import MeasuredTable, MeasuredTables
-from moesim.costs.measured_experts import experts_seconds
+from moesim.costs.measured_experts import experts_format, experts_seconds
 from moesim.costs.work import moe_work, work
 
 AXES = ("m", "n", "k")
@@ -206,3 +207,35 @@ def test_what_a_table_refuses():
         tables.seconds("gemm", "fp8", {"m": 1, "n": 1, "k": 1})
     assert ("gemm", "bf16") in tables
     assert ("gemm", "fp8") not in tables
+
+
+def test_of_like_tables_the_own_backends_newest_is_preferred():
+    def table(backend, version, op="gemm", dtype="bf16", **facts):
+        told = {"backend": backend, "version": version, "kernel": f"{backend} {version}", **facts}
+        return MeasuredTable(op, dtype, "x", ("m",), np.array([[1.0], [4.0]]), np.ones(2), facts=told)
+
+    given = [
+        table("vllm", "0.9.0"), table("vllm", "0.24.0"), table("sglang", "0.5.14"), table("trtllm", "1.3.0rc20"),
+        table("sglang", "0.5.14", dtype="fp8"), table("trtllm", "1.3.0", dtype="fp8"), table("own", "1", dtype="int4"),
+        table("vllm", "0.9.0", "moe", distribution="balanced"),
+        table("trtllm", "1.3.0", "moe", distribution="balanced"),
+        table("trtllm", "1.3.0", "moe", distribution="power_law_1.2"),
+    ]  # fmt: skip
+    kept = [
+        (table.op, table.dtype, table.facts["kernel"], table.facts.get("distribution", ""))
+        for table in preferred(MeasuredTables(given), "vllm").tables
+    ]
+    assert kept == [
+        ("gemm", "bf16", "vllm 0.24.0", ""), ("gemm", "fp8", "trtllm 1.3.0", ""), ("gemm", "int4", "own 1", ""),
+        ("moe", "bf16", "vllm 0.9.0", "balanced"), ("moe", "bf16", "trtllm 1.3.0", "power_law_1.2"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tabled", "asked", "found"),
+    [("fp8_block", "fp8_block", "fp8_block"), ("fp8_block", "mxfp4", None), ("w4a16_mxfp4", "mxfp4", "w4a16_mxfp4"),
+     ("w4a8_mxfp4_mxfp8", "mxfp4", "w4a8_mxfp4_mxfp8"), ("w4a16_mxfp4", "int4", None)],
+)  # fmt: skip
+def test_experts_in_mxfp4_are_found_under_the_formats_of_their_activations(tabled, asked, found):
+    table = MeasuredTable("moe", tabled, "x", ("num_tokens",), np.array([[1.0], [4.0]]), np.ones(2))
+    assert experts_format(MeasuredTables([table]), asked) == found

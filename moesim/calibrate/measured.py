@@ -17,6 +17,7 @@ import numpy as np
 
 from moesim.calibrate.parts import Deployment, Kernels, Roofline, Step
 from moesim.costs.measured import MeasuredTable, MeasuredTables
+from moesim.costs.measured_experts import MXFP4
 from moesim.costs.operators import attention_coordinates
 from moesim.files.profiles import tables_of_device
 from moesim.files.runs import Run
@@ -29,8 +30,6 @@ DISTRIBUTIONS = ("power_law_1.01", "balanced")
 """Skew of the measured routing: real routers are skewed."""
 EXCHANGE_SMS = 20
 """Streaming multiprocessors of an exchange: DeepEP's default, and the one size that all tables hold."""
-MXFP4 = ("w4a8_mxfp4_mxfp8", "w4a16_mxfp4")
-"""Formats of tables whose experts are in MXFP4: activations of eight bits, where the device has them, or of sixteen."""
 _NAMES = ("gemm_perf", "moe_perf", "context_attention_perf", "generation_attention_perf", "context_mla_perf",
           "generation_mla_perf", "custom_allreduce_perf", "wideep_deepep_normal_perf")  # fmt: skip
 
@@ -155,6 +154,24 @@ class Measured:
         ways = [self._find(op, ("bf16",), shape, mode="normal") for op in ("dispatch", "combine")]
         measured_s = [self._seconds(table, shape, num_tokens=tokens) for table in ways if table]
         return sum(measured_s) if len(measured_s) == 2 else roofline[0], roofline[1]
+
+
+def preferred(tables: MeasuredTables, backend: str) -> MeasuredTables:
+    """Of the tables of one operator, format and conditions only the first backend's newest, in the order above."""
+    order = sorted(BACKENDS, key=lambda name: name != backend)
+
+    def of(table: MeasuredTable) -> tuple[object, ...]:
+        told = {name: fact for name, fact in table.facts.items() if name not in ("backend", "version", "kernel")}
+        return table.op, table.dtype, *sorted(told.items())
+
+    def rank(table: MeasuredTable) -> tuple[int, list[tuple[int, str]]]:
+        known = table.facts.get("backend", "")
+        return -order.index(known) if known in order else -len(order), _version(table.facts.get("version", ""))
+
+    best: dict[tuple[object, ...], tuple[int, list[tuple[int, str]]]] = {}
+    for table in tables.tables:
+        best[of(table)] = max(best.get(of(table), rank(table)), rank(table))
+    return MeasuredTables([table for table in tables.tables if rank(table) == best[of(table)]])
 
 
 def _cut(table: MeasuredTable, shape: Mapping[str, float]) -> MeasuredTable | None:

@@ -8,6 +8,15 @@ from numpy.typing import NDArray
 from moesim.costs.measured import Interpolated, MeasuredTables
 from moesim.costs.work import moe_work
 
+MXFP4 = ("w4a8_mxfp4_mxfp8", "w4a16_mxfp4")
+"""Formats of tables whose experts are in MXFP4: activations of eight bits, where the device has them, or of sixteen."""
+
+
+def experts_format(tables: MeasuredTables, dtype: str) -> str | None:
+    """Under which format the tables have experts whose weights are in one; None where they have none."""
+    asked = MXFP4 if dtype == "mxfp4" else (dtype,)
+    return next((name for name in asked for op in ("moe", "grouped_gemm") if (op, name) in tables), None)
+
 
 def experts_seconds(
     tables: MeasuredTables,

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from moesim.costs import compute, network
 from moesim.costs.calibration import Calibration
 from moesim.costs.measured import Interpolated, MeasuredTables
-from moesim.costs.measured_experts import experts_seconds
+from moesim.costs.measured_experts import experts_format, experts_seconds
 from moesim.hardware import SOURCES, Cluster, Device
 from moesim.mixers import Attention, LatentAttention, Mixer
 from moesim.model import BYTES_PER_PARAM, Experts
@@ -114,10 +114,10 @@ class Operators:
         Args:
             params_LRS: parameters of the expert, or of the slice of one, in each slot.
         """
-        tabled = any((op, weight_dtype) in self.tables for op in ("moe", "grouped_gemm"))
+        tabled = experts_format(self.tables, weight_dtype)
         if tabled and ffn.gated and len(set(ffn.expert_widths)) == 1:
             inter = int(params_LRS.max() // (3 * hidden_size))
-            found = experts_seconds(self.tables, load_LRS, hidden_size, inter, ffn.top_k, ffn.num_experts, weight_dtype)
+            found = experts_seconds(self.tables, load_LRS, hidden_size, inter, ffn.top_k, ffn.num_experts, tabled)
             return self._calibrated(self._measured(found, load_LRS.sum(axis=-1) > 0), "experts_factor")
         seconds = compute.experts_s(load_LRS, params_LRS, hidden_size, self.device, weight_dtype, self.bound)
         grouped = self._calibrated(self._roofline(seconds, "grouped_gemm"), "experts_factor")

@@ -211,7 +211,7 @@ def load_parts(
             if "model" not in parts:
                 continue  # its shape is the model's, which is wrong itself
             model: ModelSpec = parts["model"]
-            remembered, load = (f"trace for {model.name}", text), partial(_made_up, model)
+            remembered, load = (f"trace for {model.name}", text), partial(made_up_trace, model)
         if remembered not in loaded:
             try:
                 loaded[remembered] = load(text)
@@ -242,7 +242,7 @@ def _is_made_up(trace: str) -> bool:
     return trace == "even" or trace.partition(":")[0] == "zipf"
 
 
-def _made_up(model: ModelSpec, text: str) -> RoutingTrace:
+def made_up_trace(model: ModelSpec, text: str) -> RoutingTrace:
     """A synthetic trace of the model's routing shape: "even", "zipf", or "zipf:EXPONENT"."""
     if text == "even":
         ffn = model.experts

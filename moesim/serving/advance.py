@@ -187,7 +187,8 @@ def _start(b, batch, now_s, most):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def tokens_at(b, waiting_D, held_D, work_D):  # type: ignore[no-untyped-def]
-    """Of each group: prompt tokens still to be computed; tokens in its cache; all tokens still to be computed."""
+    """Of each group: prompt tokens still to be computed; tokens that its cache holds, or will, of requests that wait with
+    computed ones; all tokens still to be computed."""
     book, groups, rules = b.book, b.groups, b.rules
     for d in range(groups.num_D.size):
         waiting_D[d], work_D[d] = 0, 0
@@ -195,6 +196,7 @@ def tokens_at(b, waiting_D, held_D, work_D):  # type: ignore[no-untyped-def]
         q = groups.head_D[d]
         while q >= 0:
             waiting_D[d] += book.prompt_Q[q] - min(book.computed_Q[q], book.prompt_Q[q])
+            held_D[d] += book.computed_Q[q]
             work_D[d] += book.output_Q[q] - book.generated_Q[q]
             q = book.next_Q[q]
         for i in range(groups.num_D[d]):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.costs import compute
+from moesim.costs.measured_experts import experts_format
 from moesim.costs.operators import Operators, Timed
 from moesim.layout import Layout
 from moesim.model import BYTES_PER_PARAM, ModelSpec
@@ -21,7 +22,7 @@ def _is_tabled(model: ModelSpec, ops: Operators) -> bool:
     """As `Operators.experts` decides it."""
     ffn = model.experts
     is_alike = ffn.gated and len(set(ffn.expert_widths)) == 1
-    return is_alike and any((op, model.dtypes.experts) in ops.tables for op in ("moe", "grouped_gemm"))
+    return is_alike and experts_format(ops.tables, model.dtypes.experts) is not None
 
 
 def experts_prices(model: ModelSpec, ops: Operators, layout: Layout, most_tokens: int) -> dict[str, Any]:

@@ -19,10 +19,20 @@ from typing import Any
 import numpy as np
 
 from moesim.calibrate.folds import hold_out, quantiles
-from moesim.calibrate.serving import cluster_of, price_runs, quantised, tokens_per_iteration
+from moesim.calibrate.measured import Measured, preferred
+from moesim.calibrate.serving import (
+    MakeKernels,
+    cluster_of,
+    price_runs,
+    quantised,
+    roofline_kernels,
+    tokens_per_iteration,
+)
 from moesim.costs.calibration import NAMES, Calibration, Floats
+from moesim.costs.measured import MeasuredTables
 from moesim.files.models import load_model
 from moesim.files.runs import Run
+from moesim.files.scenarios import made_up_trace
 from moesim.fleet import Fleet
 from moesim.model import ModelSpec
 from moesim.requests import Requests
@@ -42,6 +52,9 @@ COUNTED = 32
 MAX_TOKENS = 8192
 """Of an iteration: --max-num-batched-tokens of the benchmark's vLLM servers, taken for the others too."""
 FIGURES = ("TPOT", "TTFT", "TTFT-steady")
+SKEWED = "zipf:0.5"
+"""Routing beside measured tables, whose experts are loaded by a power law."""
+NO_TABLES = MeasuredTables()
 _EVERY = 20
 
 
@@ -67,7 +80,9 @@ def left_out(run: Run) -> str:
     return ""
 
 
-def service_of(run: Run, values: Floats, trace: RoutingTrace, rounds: int = ROUNDS) -> Service:
+def service_of(
+    run: Run, values: Floats, trace: RoutingTrace, rounds: int = ROUNDS, tables: MeasuredTables = NO_TABLES
+) -> Service:
     """A run as a service with one instance in a closed loop; `values` of the constants, in the order of `NAMES`.
 
     Raises:
@@ -96,21 +111,26 @@ def service_of(run: Run, values: Floats, trace: RoutingTrace, rounds: int = ROUN
         enable_prefix_caching=False, num_speculative_tokens=drafts, acceptance_length=float(tokens_N[0]),
         routing="memoised", gpu_memory_utilization=0.95,
     )  # fmt: skip
-    calibration = Calibration(constants, dict.fromkeys(NAMES, "fitted: other groups"), 1.0, 1.0, "roofline", {})
+    kernels = "measured tables" if tables.tables else "roofline"
+    calibration = Calibration(constants, dict.fromkeys(NAMES, "fitted: other groups"), 1.0, 1.0, kernels, {})
     fleet = Fleet(num_instances=1, router="vllm_load")
-    service = Service(run.name, model, cluster, trace, requests, engine, fleet=fleet, calibration=calibration)
+    service = Service(
+        run.name, model, cluster, trace, requests, engine, fleet=fleet, tables=tables, calibration=calibration
+    )
     if mistakes := service.mistakes():
         raise ValueError(f"{run.name}: {'; '.join(mistakes)}")
     return service
 
 
-def simulate_run(run: Run, values: Floats, trace: RoutingTrace, rounds: int = ROUNDS) -> Simulated:
+def simulate_run(
+    run: Run, values: Floats, trace: RoutingTrace, rounds: int = ROUNDS, tables: MeasuredTables = NO_TABLES
+) -> Simulated:
     """Serve the requests of a run.
 
     Raises:
         ValueError: it does not fit the machine.
     """
-    service = service_of(run, values, trace, rounds)
+    service = service_of(run, values, trace, rounds, tables)
     outcome = simulate_service(service)
     clients = service.requests.concurrency or 1
     ttft_s_Q = outcome.first_token_s_Q - outcome.arrival_s_Q
@@ -122,27 +142,33 @@ def simulate_run(run: Run, values: Floats, trace: RoutingTrace, rounds: int = RO
 def simulate_serving(
     runs: Sequence[Run],
     closed: Validation,
+    make_kernels: MakeKernels | None = None,
     calibration: Calibration | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Validation]:
     """Simulate the runs, and compare seconds per output token, and to the first: a validation for each of `FIGURES`.
 
     Args:
-        closed: what `validate_serving` found of the same runs, without measured tables.
+        closed: what `validate_serving` found of the same runs.
+        make_kernels: as there; where they are measured, the simulator takes them from the same tables.
         calibration: as there; None fits constants to the other groups for each.
         report: takes a line of progress.
     """
     if calibration:
         values = {run.group: np.array([calibration.values[name] for name in NAMES]) for run in runs}
     else:
-        values = hold_out(price_runs(runs), [run.group for run in runs]).values
+        values = hold_out(price_runs(runs, make_kernels or roofline_kernels), [run.group for run in runs]).values
     found, reasons, traces = dict[int, Simulated](), list[str](), dict[str, RoutingTrace]()
+    tables = dict[tuple[str, str], MeasuredTables]()
     for i, run in enumerate(runs):
         reason = left_out(run)
         if not reason:
-            traces.setdefault(run.model, _even(run))
+            if run.model not in traces:
+                traces[run.model] = _routing(run, "even" if make_kernels is None else SKEWED)
+            if (here := (run.system, run.backend)) not in tables:
+                tables[here] = _tables(run, make_kernels)
             try:
-                found[i] = simulate_run(run, values[run.group], traces[run.model])
+                found[i] = simulate_run(run, values[run.group], traces[run.model], tables=tables[here])
             except ValueError as error:
                 reason = "no room on the machine"
                 report(f"left out: {error}")
@@ -219,10 +245,12 @@ def _model(run: Run) -> ModelSpec:
     return replace(model, dtypes=replace(model.dtypes, kv=run.kv_dtype))
 
 
-def _even(run: Run) -> RoutingTrace:
-    """Choices even, as the constants were fitted with."""
+def _routing(run: Run, name: str) -> RoutingTrace:
+    """Choices as the constants were fitted with: even on rooflines, skewed in tables."""
     model = load_model(run.model)
-    if not model.moe_layers:
-        return even_trace(0, 1, 1)
-    ffn = model.experts
-    return even_trace(len(model.moe_layers), ffn.num_experts, ffn.top_k, ffn.num_groups, ffn.top_groups)
+    return made_up_trace(model, name) if model.moe_layers else even_trace(0, 1, 1)
+
+
+def _tables(run: Run, make_kernels: MakeKernels | None) -> MeasuredTables:
+    kernels = make_kernels(cluster_of(run.system, run.dp * run.tp), run) if make_kernels else None
+    return preferred(kernels.tables, run.backend) if isinstance(kernels, Measured) else NO_TABLES

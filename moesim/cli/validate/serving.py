@@ -31,7 +31,7 @@ def serving_command(
     """Predict the time per output token of RUNS; without them, or the tables, the validation is skipped.
 
     Each (model, system, backend) is predicted by constants fitted to the others, or all by the calibration. Runs whose
-    prompts and answers are computed together are then simulated, request by request, unless kernels are measured ones.
+    prompts and answers are computed together are then simulated, request by request.
     """
     from moesim.cli.validate.printing import print_skipped, print_validations
 
@@ -50,8 +50,8 @@ def serving_command(
     made = load_kernels(kernels) if kernels else None
     known = load_calibration(calibration) if calibration else None
     found = [validate_serving(read, made, known)]
-    if simulate and made is None:
+    if simulate:
         from moesim.validate.serving_simulated import simulate_serving
 
-        found += simulate_serving(read, found[0], known, lambda line: click.echo(line, err=True))
+        found += simulate_serving(read, found[0], made, known, lambda line: click.echo(line, err=True))
     print_validations(found, as_json, all_cases)
