@@ -187,7 +187,7 @@ def _start(b, batch, now_s, most):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def tokens_at(b, waiting_D, held_D, work_D):  # type: ignore[no-untyped-def]
-    """Of each group: prompt tokens to compute; tokens that its cache holds, and computed ones that wait; all to compute."""
+    """Of each group: prompt tokens to compute; tokens that its cache holds, computed ones that wait; all to compute."""
     book, groups, rules = b.book, b.groups, b.rules
     for d in range(groups.num_D.size):
         waiting_D[d], work_D[d] = 0, 0
