@@ -43,7 +43,8 @@ def read_traffic(path: Path) -> Traffic:
     if family is None:
         raise_all(str(path), _unknown(table.column_names))
         raise AssertionError
-    mistakes: list[str] = []
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    mistakes = [f"column {name}: must be there once, given twice; leave one of the two out" for name in twice]
     if not table.num_rows:
         mistakes.append("no requests; give one row for each")
     known = (*family.needed, *family.optional, *(family.ignored or ()))
