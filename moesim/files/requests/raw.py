@@ -82,7 +82,7 @@ def _from_rows(rows: list[Any]) -> pa.Table:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(
-                f"row {number}: must be an object of column names and values, given {row!r:.60}; mend or leave out the row"
+                f"row {number}: must be an object of column names and values, given {row!r:.50}; mend or leave it out"
             )
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
@@ -137,7 +137,7 @@ def _from_vllm(result: dict[str, Any]) -> Raw:
     sizes = {name: len(result[name]) if isinstance(result.get(name), list) else 0 for name in lists}
     if len(set(sizes.values())) > 1:
         raise ValueError(
-            f"{', '.join(lists)}: must be lists of one length, given {sizes}; give the file as vllm bench serve wrote it"
+            f"{', '.join(lists)}: must be lists of one length, given {sizes}; give the file as vLLM wrote it"
         )
     errors = result.get("errors") or [""] * sizes["input_lens"]
     good = [row for row, error in enumerate(errors) if not error]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -152,8 +151,10 @@ def read_profiles(path: Path) -> Profiles:
         raise_all(str(path), [said])
     order = np.lexsort((client_W, start_s_W))
     shape_W = np.where(shape_W > 0, shape_W, 1.0)
-    by_window = (client_W, start_s_W, rate_W, kind_W == "Weibull", shape_W)
-    return Profiles(path.name, *(values[order] for values in by_window), lengths)
+    return Profiles(
+        path.name, client_W[order], start_s_W[order], rate_W[order], (kind_W == "Weibull")[order], shape_W[order],
+        lengths,
+    )  # fmt: skip
 
 
 def _read_lengths(path: Path) -> tuple[Path, dict[int, list[tuple[float, Lengths, Lengths]]]]:

@@ -129,7 +129,7 @@ class RequestsSpec:
         if (self.diurnal_depth is None) != (self.diurnal_period_s is None):
             found.append("diurnal_depth: comes with diurnal_period_s; give both, such as 0.5 and 86400, or neither")
         if self.order is not None and self.arrivals == "replayed":
-            found.append('order: has no meaning with arrivals = "replayed", which keeps that of the times; leave it out')
+            found.append("order: has no meaning with arrivals = 'replayed', which keeps the file's; leave it out")
         elif self.order not in (None, "file", "random"):
             found.append(f'order: must be "file" or "random", given {self.order!r}')
         return found
