@@ -60,6 +60,11 @@ def test_a_duration_holds_its_rate_and_the_seed_decides(name):
     assert np.array_equal(found, times(name, 2, duration_s=4000.0)) == (name == "constant")
 
 
+def test_bursts_are_as_likely_at_the_start_as_later():
+    counts = [len(times("bursty", seed, duration_s=0.1)) for seed in range(4000)]
+    assert abs(np.mean(counts) - 5) < 4 * np.std(counts) / np.sqrt(4000)
+
+
 def test_the_seed_of_a_service_is_that_of_its_traffic(tmp_path):
     table = 'arrivals = "gamma"\nrate_per_s = 9\ncv = 2\nnum_requests = 99\nprompt_tokens = 5\noutput_tokens = 5'
     path = service_file(tmp_path, table)
@@ -103,8 +108,8 @@ def test_drawn_lengths_have_their_mean_and_spread(tmp_path, name):
 
 @pytest.mark.xdist_group("engine")
 def test_clients_of_a_closed_loop_wait_for_their_answers_and_think(tmp_path):
-    table = 'arrivals = "closed"\nconcurrency = 3\nthink_s = 0.25\nnum_requests = 12\nprompt_tokens = 10\noutput_tokens = 10'
-    service = load_services(service_file(tmp_path, table))[0]
+    table = 'arrivals = "closed"\nconcurrency = 3\nthink_s = 0.25\nnum_requests = 12\nprompt_tokens = 10'
+    service = load_services(service_file(tmp_path, f"{table}\noutput_tokens = 10"))[0]
     assert (service.requests.concurrency, service.requests.think_s) == (3, 0.25)
     assert not service.requests.arrival_s_Q.any()
     outcome = verbs.simulate_service(service)

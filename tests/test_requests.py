@@ -41,8 +41,6 @@ def blocks(requests):
 REPLAYED, AT_ONCE = 'arrivals = "replayed"', 'arrivals = "at_once"'
 FILES = {
     "moesim's own": ("r.csv", OWN + "0.5,10,20\n2,30,40\n", REPLAYED, [0.5, 2], [10, 30], [20, 40]),
-    "its late rows of another kind": ("r.csv", OWN + "0,1,1\n" * 300_000 + "0.5,2,2\n", REPLAYED, [0] * 300_000 + [0.5],
-                                      [1] * 300_000 + [2], [1] * 300_000 + [2]),
     "out of order": ("r.csv", OWN + "2,1,1\n0,2,1\n2,3,1\n1,4,1\n", REPLAYED, [0, 1, 2, 2], [2, 4, 1, 3], [1] * 4),
     "a JSON array": ("r", '[{"arrival_s": 1, "prompt_tokens": 2, "output_tokens": 3}]', REPLAYED, [1], [2], [3]),
     "Azure": ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n"

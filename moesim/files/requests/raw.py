@@ -70,10 +70,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _from_csv(data: bytes) -> pa.Table:
-    """One block, so that the last rows count for the type of a column, and one thread, so that errors name the line."""
+    """By one thread: errors then name the line."""
     return pyarrow.csv.read_csv(
         pa.BufferReader(data),
-        read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=max(len(data) + 1, 1 << 20)),
+        read_options=pyarrow.csv.ReadOptions(use_threads=False),
         convert_options=pyarrow.csv.ConvertOptions(timestamp_parsers=[], strings_can_be_null=True, null_values=[""]),
     )
 

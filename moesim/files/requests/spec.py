@@ -57,6 +57,8 @@ class LengthSpec:
 class RequestsSpec:
     """The table [requests].
 
+    Prompts and answers that no instance can hold are no mistake, unless all are: a run refuses and counts them.
+
     Attributes:
         arrivals: "poisson", "gamma" (gaps with a coefficient of variation `cv`), "bursty" (calm and bursts in turn:
             `burst_ratio` times the rate for `burst_s` seconds in the mean, `burst_fraction` of the time), "constant",
