@@ -203,7 +203,7 @@ BAD_FILES = {
     "header alone": (OWN, ["no requests; give one row for each"]),
     "NaN time": (row("nan,10,5"), ["column arrival_s, row 2: must be a number, given nan; mend"]),
     "infinite time": (row("inf,10,5"), ["column arrival_s, row 2: must be a number, given inf; mend"]),
-    "Unix time": (row("1700000000.5,10,5"), ["arrival_s, row 2: must be at most 1e+09 s from the start, not a clock's ti"]),
+    "Unix time": (row("1700000000.5,10,5"), ["arrival_s, row 2: must be at most 1e+09 s from the start, not a clo"]),
     "NaN tokens": (row("1,NaN,5"), ["column prompt_tokens, row 2: must be a number, given nan; mend"]),
     "nothing": (row("1,,5"), ["column prompt_tokens, row 2: must be a number, given nothing; mend"]),
     "text": (row("1,many,5"), ["column prompt_tokens, row 2: must be a number, given 'many'; mend"]),
