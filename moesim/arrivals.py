@@ -76,7 +76,8 @@ def bursty(rng: Rng, extent: Extent, rate_per_s: float, bursts: Bursts) -> Float
         place = np.cumsum(rng.exponential(1.0, extent.num))
     ends_s, ends = np.zeros(1), np.zeros(1)  # of each stay in a state, and arrivals expected until then
     while ends[-1] <= place[-1] if place is not None else ends_s[-1] < (extent.duration_s or 0.0):
-        states = (state + np.arange(256)) % 2  # an even number: the next stays begin in the same state
+        # An even number, so that the next stays begin in the same state; twice as many each time.
+        states = (state + np.arange(max(256, len(ends_s) - 1))) % 2
         stays_s = rng.exponential(means_s[states])
         ends_s = np.append(ends_s, ends_s[-1] + np.cumsum(stays_s))
         ends = np.append(ends, ends[-1] + np.cumsum(stays_s * rates[states]))

@@ -277,6 +277,9 @@ def is_too_long(
 ) -> NDArray[np.bool_]:
     """Which requests can never be served: prompt and answer together are beyond `max_model_len` or a rank's cache.
 
+    A run refuses them when they come, counts them as `num_dropped` and goes on; a service that can serve none of its
+    requests is a mistake.
+
     kv_tokens: of a data-parallel rank, see `kv_tokens`.
     """
     return np.asarray(prompt_Q + output_Q > min(engine.max_model_len or kv_tokens, kv_tokens))

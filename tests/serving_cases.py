@@ -27,6 +27,14 @@ def small_service(rate_per_s=4.0, num=200, seed=0, slo=Slo(), fleet=Fleet(), nam
     return Service(name, model, small_cluster(), trace, requests, engine, fleet=fleet, slo=slo, seed=seed, plain=plain)
 
 
+def service_file(folder, requests, more=""):
+    """A service file whose table [requests] is that text."""
+    path = folder / "service.toml"
+    parts = 'model = "olmoe-1b-7b"\nhardware = "hgx-h100"\ntrace = "olmoe-shape-16x64"'
+    path.write_text(f"{parts}\n[requests]\n{requests}\n{more}")
+    return path
+
+
 def queue(service, bound="value", prompt_s=2e-5, token_s=5e-3, until_s=np.inf, cap=64) -> Outcome:
     """Requests one after the other: a prompt takes `prompt_s` a token, each further token `token_s`."""
     factor = {"value": 1.0, "low": 1.3, "high": 0.8}[bound]

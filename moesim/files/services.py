@@ -156,7 +156,8 @@ def _requests(
         try:
             loaded[remembered] = build_requests(spec, path, rng)
         except ValueError as error:
-            loaded[remembered] = ValueError(f"{prefix}requests.file: " + str(error).replace("\n", "\n    "))
+            key = "requests.file" if spec.file is not None else "requests"
+            loaded[remembered] = ValueError(f"{prefix}{key}: " + str(error).replace("\n", "\n    "))
     made: Requests | ValueError = loaded[remembered]
     if isinstance(made, ValueError):
         mistakes.append(str(made))

@@ -144,7 +144,7 @@ class ServiceRun:
 
     def _clients(self) -> Process:
         """A closed loop: as many as there are clients, and one for each answer."""
-        for _ in range(self.requests.concurrency or 0):
+        for _ in range(min(self.requests.concurrency or 0, len(self.requests))):
             self._send_next()
         yield from ()
 

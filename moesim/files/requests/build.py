@@ -11,7 +11,7 @@ from moesim import arrivals
 from moesim.arrivals import Bursts, Extent, Floats, Ints
 from moesim.files.requests.read import Traffic, read_traffic
 from moesim.files.requests.servegen import is_profiles, read_profiles
-from moesim.files.requests.spec import LengthSpec, RequestsSpec, length_of
+from moesim.files.requests.spec import MOST, LengthSpec, RequestsSpec, length_of
 from moesim.requests import Requests
 
 
@@ -42,7 +42,13 @@ def build_requests(spec: RequestsSpec, path: Path | None, rng: np.random.Generat
 
 
 def arrival_times(spec: RequestsSpec, in_file: int | None, rng: np.random.Generator) -> Floats:
-    """Times of a process; all 0 where requests come at once or wait for each other."""
+    """Times of a process; all 0 where requests come at once or wait for each other.
+
+    in_file: requests of the file, where there is one.
+
+    Raises:
+        ValueError: there would be too many bursts.
+    """
     extent = Extent(spec.num_requests, spec.duration_s)
     if spec.num_requests is None and spec.duration_s is None:
         extent = Extent(in_file)
@@ -55,6 +61,9 @@ def arrival_times(spec: RequestsSpec, in_file: int | None, rng: np.random.Genera
         found = arrivals.gamma(rng, extent, rate, spec.cv or 1.0)
     elif spec.arrivals == "bursty":
         assert spec.burst_ratio is not None and spec.burst_fraction is not None and spec.burst_s is not None
+        seconds = extent.duration_s if extent.num is None else extent.num / rate
+        if (seconds or 0.0) * spec.burst_fraction / spec.burst_s > MOST:
+            raise ValueError(f"burst_s = {spec.burst_s} makes more than {MOST} bursts in {seconds} s; use longer ones")
         found = arrivals.bursty(rng, extent, rate, Bursts(spec.burst_ratio, spec.burst_fraction, spec.burst_s))
     else:
         found = arrivals.poisson(rng, extent, rate)
@@ -86,16 +95,23 @@ def _replayed(spec: RequestsSpec, traffic: Traffic) -> Requests:
     found = replace(later, arrival_s_Q=arrival_s)
     if spec.duration_s is not None:
         found = found.take(np.flatnonzero(arrival_s < spec.duration_s))
-    if spec.num_requests is not None:
-        found = found.take(np.arange(min(len(found), spec.num_requests)))
-        if len(found) < spec.num_requests:
-            found = replace(found, notes=(*found.notes, f"the file has {len(found)} of {spec.num_requests} requests"))
+    found = _first(found, spec.num_requests)
     if not len(found):
         raise ValueError(
             f"{requests.source} has no request from start_s = {start_s} on for duration_s = {spec.duration_s}; its "
             f"last one comes at {requests.arrival_s_Q[-1]} s"
         )
     return _numbered(found)
+
+
+def _first(requests: Requests, num: int | None) -> Requests:
+    """So many of the requests, or all, with a note where there are fewer."""
+    if num is None:
+        return requests
+    found = requests.take(np.arange(min(len(requests), num)))
+    if len(found) == num:
+        return found
+    return replace(found, notes=(*found.notes, f"the file has {len(found)} of {num} requests"))
 
 
 def _at_other_times(spec: RequestsSpec, given: Requests, arrival_s: Floats, rng: np.random.Generator) -> Requests:
@@ -128,4 +144,4 @@ def _sampled(spec: RequestsSpec, path: Path, rng: np.random.Generator) -> Reques
     )
     if not len(found):
         raise ValueError(f"{path}: no request comes from start_s = {spec.start_s or 0.0} on; ask for a longer time")
-    return found if spec.num_requests is None else found.take(np.arange(min(len(found), spec.num_requests)))
+    return _first(found, spec.num_requests)

@@ -58,28 +58,27 @@ class Columns:
     def lists(self, name: str) -> tuple[Ints, Ints]:
         """Lists of whole numbers as starts [N + 1] and values; text has them apart by spaces."""
         column = self.table[name].combine_chunks()
-        if pa.types.is_null(column.type) or (
-            pa.types.is_list(column.type) and pa.types.is_null(column.type.value_type)
-        ):
-            return np.zeros(len(column) + 1, np.int64), np.zeros(0, np.int64)
+        nothing = np.zeros(len(column) + 1, np.int64), np.zeros(0, np.int64)
+        if pa.types.is_null(column.type):
+            return nothing
         if pa.types.is_integer(column.type):
             column = column.cast(pa.string())
         if pa.types.is_string(column.type):
             column = _split(column)
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
             self.mistakes.append(f"column {name} must hold a list of whole numbers in each row, given {column.type}")
-            return np.zeros(len(column) + 1, np.int64), np.zeros(0, np.int64)
+            return nothing
         lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        try:
-            values = column.flatten().cast(pa.int64())
-        except pa.ArrowException as error:
-            self.mistakes.append(f"column {name} must hold lists of whole numbers ({error})")
-            return np.zeros(len(column) + 1, np.int64), np.zeros(0, np.int64)
-        if values.null_count:
-            self.mistakes.append(f"column {name} must hold lists of whole numbers, and {values.null_count} are missing")
-            return np.zeros(len(column) + 1, np.int64), np.zeros(0, np.int64)
-        return starts, values.to_numpy(zero_copy_only=False)
+        given = column.flatten()
+        values = _whole(given)
+        if values is None:
+            wrong = [place for place, value in enumerate(given.to_pylist()) if _whole(pa.array([value])) is None]
+            wrong_N = np.zeros(len(column), bool)
+            wrong_N[np.searchsorted(starts, wrong, side="right") - 1] = True
+            self._blame(name, wrong_N, wrong_N, "must hold whole numbers")
+            return nothing
+        return starts, values
 
     def refuse(self, name: str, wrong_N: NDArray[np.bool_], rule: str) -> None:
         """Call the rows where `wrong_N` holds mistakes, if there are any."""
@@ -119,6 +118,15 @@ def _number(text: str | None) -> float | None:
         return float(text or "")
     except ValueError:
         return None
+
+
+def _whole(values: pa.Array) -> Ints | None:
+    """The same as whole numbers; None where one is none."""
+    try:
+        found = values.cast(pa.int64())
+    except pa.ArrowException:
+        return None
+    return None if found.null_count else np.asarray(found.to_numpy(zero_copy_only=False))
 
 
 def _split(column: pa.Array) -> pa.Array:

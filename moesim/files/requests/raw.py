@@ -45,12 +45,12 @@ def read_raw(path: Path) -> Raw:
             return Raw(_from_rows(json.loads(data)))
         if start.startswith(b"{"):
             return _from_json(data)
-        options = pyarrow.csv.ConvertOptions(timestamp_parsers=[], strings_can_be_null=True)
-        return Raw(pyarrow.csv.read_csv(pa.BufferReader(data), convert_options=options))
-    except (pa.ArrowException, ValueError) as error:  # a JSON error is a ValueError
-        raise ValueError(
-            f"{path}: not whole CSV, JSON, JSON lines or Parquet ({' '.join(str(error).split())}); mend that row"
-        ) from error
+        return Raw(_from_csv(data))
+    except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split()).replace("Row #", "line ")
+        raise ValueError(f"{path}: not whole CSV, JSON, JSON lines or Parquet ({said}); mend that row") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -69,23 +69,62 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def _from_rows(rows: Any) -> pa.Table:
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a JSON array must hold one object for each request")
-    return pa.Table.from_pylist(rows)
+def _from_csv(data: bytes) -> pa.Table:
+    """By one thread: errors then name the line."""
+    return pyarrow.csv.read_csv(
+        pa.BufferReader(data),
+        read_options=pyarrow.csv.ReadOptions(use_threads=False),
+        convert_options=pyarrow.csv.ConvertOptions(timestamp_parsers=[], strings_can_be_null=True, null_values=[""]),
+    )
+
+
+def _from_rows(rows: list[Any]) -> pa.Table:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"row {number}: must be an object of column names and values, given {row!r:.50}; mend or leave it out"
+            )
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """An array; of text where the values are of several kinds, so that whoever reads it can name the odd row."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
 def _from_json(data: bytes) -> Raw:
     """JSON lines, or one object: the result of a run of `vllm bench serve`."""
-    first = data.lstrip().partition(b"\n")[0]
-    try:
-        whole = json.loads(first)
-    except ValueError:
-        whole = json.loads(data)
-    if "input_lens" in whole:
-        return _from_vllm(whole)
+    for text in (data.lstrip().partition(b"\n")[0], data):
+        try:
+            whole = json.loads(text)
+        except ValueError:
+            continue
+        if "input_lens" in whole:
+            return _from_vllm(whole)
+        break
     options = pyarrow.json.ReadOptions(block_size=max(len(data) + 1, 1 << 20))
-    return Raw(pyarrow.json.read_json(pa.BufferReader(data), read_options=options))
+    try:
+        return Raw(pyarrow.json.read_json(pa.BufferReader(data), read_options=options))
+    except pa.ArrowException:
+        return Raw(_from_lines(data))
+
+
+def _from_lines(data: bytes) -> pa.Table:
+    """JSON lines, more slowly than pyarrow, which does not tell the line of an error."""
+    rows = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"line {number}: must be a whole JSON object, given {line.decode(errors='replace')!r:.60} "
+                f"(column {error.colno}: {error.msg}); mend or leave out the line"
+            ) from error
+    return _from_rows(rows)
 
 
 def _from_vllm(result: dict[str, Any]) -> Raw:
@@ -94,12 +133,15 @@ def _from_vllm(result: dict[str, Any]) -> Raw:
     names = {"input_lens": "input_tokens", "output_lens": "output_tokens"}
     if has_times:
         names = {"input_lens": "input_toks", "output_lens": "output_toks", "start_times": "arrival_time"}
-    sizes = {name: len(result[name]) if isinstance(result.get(name), list) else 0 for name in names}
+    lists = (*names, "errors") if result.get("errors") else tuple(names)
+    sizes = {name: len(result[name]) if isinstance(result.get(name), list) else 0 for name in lists}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"{', '.join(names)} must be lists of one length, given {sizes}")
+        raise ValueError(
+            f"{', '.join(lists)}: must be lists of one length, given {sizes}; give the file as vLLM wrote it"
+        )
     errors = result.get("errors") or [""] * sizes["input_lens"]
     good = [row for row, error in enumerate(errors) if not error]
-    table = pa.table({new: pa.array([result[old][row] for row in good]) for old, new in names.items()})
+    table = pa.table({new: _column([result[old][row] for row in good]) for old, new in names.items()})
     failed = len(errors) - len(good)
     notes = (f"{failed} requests failed in the run and are left out",) if failed else ()
     rate, hint = result.get("request_rate"), ""

@@ -17,6 +17,9 @@ from moesim.files.requests.raw import read_raw
 from moesim.files.tables import raise_all
 from moesim.requests import Requests
 
+LATEST_S = 1e9
+"""Up to here float64 tells 0.1 us apart; Unix time is beyond."""
+
 
 @dataclass(frozen=True, eq=False)
 class Traffic:
@@ -43,7 +46,8 @@ def read_traffic(path: Path) -> Traffic:
     if family is None:
         raise_all(str(path), _unknown(table.column_names))
         raise AssertionError
-    mistakes: list[str] = []
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    mistakes = [f"column {name}: must be there once, given twice; leave one of the two out" for name in twice]
     if not table.num_rows:
         mistakes.append("no requests; give one row for each")
     known = (*family.needed, *family.optional, *(family.ignored or ()))
@@ -82,6 +86,9 @@ def _requests(columns: Columns, family: Family) -> Requests:
         else:
             columns.refuse(family.arrival, arrival_s < 0, "must not be negative")
         arrival_s = arrival_s * family.unit_s
+    if family.arrival:
+        late_N = arrival_s > LATEST_S
+        columns.refuse(family.arrival, late_N, f"must be at most {LATEST_S:.0e} s from the start, not a clock's time")
     prompt, output = columns.counts(family.prompt, 1), columns.counts(family.output, 1)
     found = Requests.of(arrival_s, prompt, output)
     optional = [name for name in family.optional if name in names]

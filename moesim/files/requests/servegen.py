@@ -16,13 +16,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from moesim.files.requests.columns import Columns
 from moesim.files.requests.raw import PARQUET, read_bytes
 from moesim.files.tables import raise_all
 from moesim.requests import Requests
@@ -133,28 +133,27 @@ def read_profiles(path: Path) -> Profiles:
     Raises:
         ValueError: a file is missing or breaks rules; all mistakes in one message.
     """
-    table = pq.read_table(path, columns=list(COLUMNS)).sort_by([("t_s", "ascending"), ("client", "ascending")])
-    mistakes = [f"column {name}: must not be null" for name in COLUMNS if table[name].null_count]
+    table = pq.read_table(path, columns=list(COLUMNS))
+    mistakes: list[str] = []
+    columns = Columns(table, mistakes)
+    client_W, start_s_W, kind_W = columns.counts("client", 0), columns.numbers("t_s"), table["dist"].to_numpy()
+    rate_W, shape_W = columns.numbers("rate"), columns.numbers("p1")
+    is_busy_W = rate_W > 0
+    columns.refuse("rate", rate_W < 0, "must not be negative")
+    is_known_W = np.isin(kind_W.astype(str), ("Gamma", "Weibull"))
+    columns.refuse("dist", is_busy_W & ~is_known_W, "must be Gamma or Weibull where rate is above 0")
+    columns.refuse("p1", is_busy_W & (shape_W <= 0), "must be above 0, as a shape, where rate is")
     raise_all(str(path), mistakes)
-    columns: dict[str, Any] = {name: table[name].to_numpy() for name in COLUMNS}
-    rate_W, shape_W = columns["rate"].astype(np.float64), columns["p1"].astype(np.float64)
-    kind_W, is_busy_W = columns["dist"].astype(str), rate_W > 0
-    if not (rate_W >= 0).all():
-        mistakes.append("column rate: must be 0 or more in all rows")
-    mistakes += [
-        f"column dist: must be Gamma or Weibull where rate is above 0, given {other!r}"
-        for other in sorted(set(kind_W[is_busy_W]) - {"Gamma", "Weibull"})
-    ]
-    if not (shape_W[is_busy_W] > 0).all():
-        mistakes.append("column p1: the shape must be above 0 where rate is")
     lengths_path, lengths = _read_lengths(path)
-    lacking = sorted(set(columns["client"][is_busy_W].tolist()) - {key for key, found in lengths.items() if found})
+    lacking = sorted(set(client_W[is_busy_W].tolist()) - {key for key, found in lengths.items() if found})
     if lacking:
-        mistakes.append(f"clients {lacking[:5]} have rates, but no lengths in {lengths_path.name}")
-    raise_all(str(path), mistakes)
+        said = f"clients {lacking[:5]} have rates, but no lengths in {lengths_path.name}; give both, or leave them out"
+        raise_all(str(path), [said])
+    order = np.lexsort((client_W, start_s_W))
+    shape_W = np.where(shape_W > 0, shape_W, 1.0)
     return Profiles(
-        path.name, columns["client"].astype(np.int64), columns["t_s"].astype(np.float64), rate_W, kind_W == "Weibull",
-        np.where(shape_W > 0, shape_W, 1.0), lengths,
+        path.name, client_W[order], start_s_W[order], rate_W[order], (kind_W == "Weibull")[order], shape_W[order],
+        lengths,
     )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ _OF = {
 }
 """Of each kind of arrivals, the keys that it must have and those that it may have, beside lengths and extent."""
 _SOME = ("arrivals", "num_requests", "duration_s", "file", "order", "prompt_tokens", "output_tokens")
+MOST, MOST_TOKENS = 10**8, 10**9
+"""Requests, and tokens of a length that is drawn."""
 DISTRIBUTIONS = {"lognormal": ("mean", "cv"), "exponential": ("mean",), "uniform": ("low", "high")}
 
 
@@ -54,6 +56,8 @@ class LengthSpec:
 @dataclass(frozen=True)
 class RequestsSpec:
     """The table [requests].
+
+    Prompts and answers that no instance can hold are no mistake, unless all are: a run refuses and counts them.
 
     Attributes:
         arrivals: "poisson", "gamma" (gaps with a coefficient of variation `cv`), "bursty" (calm and bursts in turn:
@@ -108,12 +112,14 @@ class RequestsSpec:
         return found + self._ranges() + self._lengths() + self._extent()
 
     def _ranges(self) -> list[str]:
-        above = ("rate_per_s", "cv", "burst_s", "diurnal_period_s", "duration_s", "rate_scale")
+        above = ("rate_per_s", "burst_s", "diurnal_period_s", "duration_s", "rate_scale")
         rules: dict[str, tuple[Callable[[float], bool], str]]
-        rules = {key: (lambda x: 0 < x < math.inf, "above 0") for key in above}
-        rules |= {key: (lambda x: x >= 1, "at least 1") for key in ("num_requests", "concurrency", "burst_ratio")}
+        rules = {key: (lambda x: 1e-9 <= x <= 1e9, "from 1e-9 to 1e9") for key in above}
+        rules |= {key: (lambda x: 1 <= x < math.inf, "at least 1") for key in ("concurrency", "burst_ratio")}
         rules |= {key: (lambda x: 0 <= x < math.inf, "0 or more") for key in ("think_s", "start_s")}
         rules |= {
+            "num_requests": (lambda x: 1 <= x <= MOST, f"from 1 to {MOST}"),
+            "cv": (lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1000"),
             "burst_fraction": (lambda x: 0 < x < 1, "above 0 and below 1"),
             "diurnal_depth": (lambda x: 0 <= x < 1, "0 or more and below 1"),
         }
@@ -124,7 +130,9 @@ class RequestsSpec:
         ]
         if (self.diurnal_depth is None) != (self.diurnal_period_s is None):
             found.append("diurnal_depth: comes with diurnal_period_s; give both, such as 0.5 and 86400, or neither")
-        if self.order not in (None, "file", "random"):
+        if self.order is not None and self.arrivals == "replayed":
+            found.append("order: has no meaning with arrivals = 'replayed', which keeps the file's; leave it out")
+        elif self.order not in (None, "file", "random"):
             found.append(f'order: must be "file" or "random", given {self.order!r}')
         return found
 
@@ -159,6 +167,9 @@ class RequestsSpec:
             return ["duration_s: num_requests says already how much; leave one of the two out"]
         if self.num_requests is None and self.duration_s is None and self.file is None:
             return ["num_requests: is missing; give it, duration_s, or a file"]
+        seconds, rate = self.duration_s, self.rate_per_s or 0.0
+        if seconds is not None and seconds * rate > MOST:
+            return [f"duration_s: must bring at most {MOST} requests, given {seconds} s at {rate} a second"]
         return []
 
 
@@ -170,7 +181,7 @@ def length_of(value: int | dict[str, Any]) -> LengthSpec | int:
 def length_mistakes(value: int | dict[str, Any], key: str) -> list[str]:
     """What is wrong with a length."""
     if not isinstance(value, dict):
-        return [f"{key}: must be at least 1, given {value}"] if value < 1 else []
+        return [] if 1 <= value <= MOST_TOKENS else [f"{key}: must be from 1 to {MOST_TOKENS}, given {value}"]
     found: list[str] = []
     spec = structure(LengthSpec, value, key, found)
     if spec is None:
@@ -184,11 +195,10 @@ def length_mistakes(value: int | dict[str, Any], key: str) -> list[str]:
         for name in value
         if name not in ("distribution", "most", *needed)
     ]
-    found += [
-        f"{key}.{name}: must be {'above 0' if name == 'cv' else 'at least 1'}, given {value[name]}"
-        for name in (*needed, "most")
-        if name in value and not (0 < value[name] < math.inf and (name == "cv" or value[name] >= 1))
-    ]
+    for name in (*needed, "most"):
+        low, high = (1e-3, 1000) if name == "cv" else (1, MOST_TOKENS)
+        if name in value and not low <= value[name] <= high:
+            found.append(f"{key}.{name}: must be from {low} to {high}, given {value[name]}")
     if not found and spec.low is not None and spec.high is not None and spec.low > spec.high:
         found.append(f"{key}.high: must be at least low = {spec.low}, given {spec.high}")
     return found
