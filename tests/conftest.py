@@ -13,7 +13,9 @@ from moesim.routing.synthetic import zipf_trace
 from moesim.scenario import Scenario
 from moesim.workload import Workload
 
-ENGINE = ("deployments", "queueing", "requests", "service_run", "serving_engine", "serving_simulated", "vllm_runs")
+ENGINE = (
+    "arrivals", "deployments", "queueing", "requests", "service_run", "serving_engine", "serving_simulated", "vllm_runs",
+)  # fmt: skip
 """Files of tests that compile the engine of serving, which takes a minute."""
 
 

@@ -106,7 +106,6 @@ def test_drawn_lengths_have_their_mean_and_spread(tmp_path, name):
     assert (found.prompt_Q.min() >= 1, found.output_Q.max()) == (True, 5)
 
 
-@pytest.mark.xdist_group("engine")
 def test_clients_of_a_closed_loop_wait_for_their_answers_and_think(tmp_path):
     table = 'arrivals = "closed"\nconcurrency = 3\nthink_s = 0.25\nnum_requests = 12\nprompt_tokens = 10'
     service = load_services(service_file(tmp_path, f"{table}\noutput_tokens = 10"))[0]

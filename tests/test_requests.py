@@ -301,7 +301,6 @@ def test_a_bad_table_is_refused_by_key(tmp_path, moesim, what):
     refused(moesim, service_file(tmp_path, table), ["  - requests", *words])
 
 
-@pytest.mark.xdist_group("engine")
 def test_what_never_fits_is_counted_and_the_rest_answered_in_order(tmp_path, moesim):
     """64 blocks of 16 tokens hold 1024: a million tokens and 1025 do not fit, 1024 do."""
     (tmp_path / "r.csv").write_text(OWN + "0.2,1000000,5\n0.1,1020,5\n0,1019,5\n0.3,10,5\n")
