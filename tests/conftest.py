@@ -14,7 +14,8 @@ from moesim.scenario import Scenario
 from moesim.workload import Workload
 
 ENGINE = (
-    "arrivals", "deployments", "queueing", "requests", "service_run", "serving_engine", "serving_simulated", "vllm_runs",
+    "arrivals", "deployments", "queueing", "requests", "service_run", "serving_engine", "serving_simulated",
+    "vllm_runs",
 )  # fmt: skip
 """Files of tests that compile the engine of serving, which takes a minute."""
 
