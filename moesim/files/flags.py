@@ -55,7 +55,12 @@ def import_flags(words: Sequence[str]) -> Imported:
         ValueError: it is of neither, or values that cannot be.
     """
     text = " ".join(words) if len(words) == 1 else shlex.join(words)
-    words = shlex.split(text.replace("\\\n", " "))
+    try:
+        words = shlex.split(text.replace("\\\n", " "))
+    except ValueError as error:
+        raise ValueError(
+            f"import-flags: must be a command line that a shell would take, given {text!r:.60} ({error}); close it"
+        ) from error
     joined = " ".join(words)
     if "sglang" in joined:
         tool, table, ignored = "sglang", _SGLANG, _SGLANG_IGNORED
@@ -154,6 +159,7 @@ _VLLM: dict[str, tuple[bool, Put]] = {
     "--data-parallel-size": _to("data_parallel_size"),
     "-dp": _to("data_parallel_size"),
     "--enable-expert-parallel": _set("enable_expert_parallel", True),
+    "-ep": _set("enable_expert_parallel", True),
     "--no-enable-expert-parallel": _set("enable_expert_parallel", False),
     "--all2all-backend": _to("all2all_backend", str),
     "--max-num-seqs": _to("max_num_seqs"),
