@@ -70,8 +70,11 @@ class Fleet:
             )
         if found:
             return found
-        most = self.sizes(num_devices, engine_ranks)
-        return [text for fault in self.faults for text in fault.mistakes(sum(most), engine_ranks)]
+        first, further = self.sizes(num_devices, engine_ranks)
+        for fault in self.faults:
+            ranks = engine_ranks if fault.instance < first else decode_ranks or engine_ranks
+            found += fault.mistakes(first + further, ranks)
+        return found
 
     def sizes(self, num_devices: int, engine_ranks: int) -> tuple[int, int]:
         """Instances that take requests, as many as there ever are, and instances that decode alone."""

@@ -211,6 +211,13 @@ class Service:
         if not found:
             decode_ranks = self.decode_engine.num_ranks if self.decode_engine else None
             found = self.fleet.mistakes(self.cluster.num_ranks, self.engine.num_ranks, decode_ranks)
+            staged = [name for name, engine in engines.items() if engine.pipeline_parallel_size > 1]
+            if staged and any(fault.kind == "slow" for fault in self.fleet.faults):
+                found.append(
+                    "fleet.faults: a slow rank of one stage is not modelled, given "
+                    f"{staged[0]}.pipeline_parallel_size = {engines[staged[0]].pipeline_parallel_size}; use 1, or "
+                    'kind = "down"'
+                )
         return found or [text for name, engine in engines.items() for text in self._cache_mistakes(name, engine)]
 
     def _cache_mistakes(self, name: str, engine: EngineConfig) -> list[str]:
