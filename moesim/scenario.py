@@ -238,8 +238,8 @@ def trace_mistakes(trace: RoutingTrace, model: ModelSpec) -> list[str]:
         "experts per token": (trace.top_k, routed.top_k),
     }
     return [
-        f"trace: {trace.name!r} has {have} {what}, model {model.name!r} has {want}; use a trace of that shape, or made-up "
-        'routing, such as "zipf:0.5"'
+        f"trace: {trace.name!r} has {have} {what}, model {model.name!r} has {want}; use a trace of that shape, or "
+        'made-up routing, such as "zipf:0.5"'
         for what, (have, want) in pairs.items()
         if have != want
     ]
