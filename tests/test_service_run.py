@@ -193,13 +193,14 @@ output_tokens = 200
 def test_ctrl_c_leaves_a_partial_result_that_says_so(tmp_path):
     (tmp_path / "long.toml").write_text(LONG)
     simulate_service(ONE)  # compiled
-    run = subprocess.Popen(
-        [sys.executable, "-m", "moesim", "run", str(tmp_path / "long.toml"), "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    time.sleep(12)
-    run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=60)
+    command = [sys.executable, "-m", "moesim", "run", str(tmp_path / "long.toml"), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            time.sleep(15)
+            run.send_signal(signal.SIGINT)
+            out, err = run.communicate(timeout=60)
+        finally:
+            run.kill()
     assert run.returncode == 130, err
     shape = json.loads(out)
     assert shape["is_partial"]

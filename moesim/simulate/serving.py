@@ -53,8 +53,15 @@ def simulate_service(
 
     Returns:
         What became of them; partial after Ctrl-C.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C before the first request could be sent, or a second one.
     """
-    return ServiceRun(service, bound, tell or (lambda finished, now_s: None), pricing).play()
+    with _interrupts_wait() as stop:
+        run = ServiceRun(service, bound, tell or (lambda finished, now_s: None), pricing, stop)
+        if stop.is_set():
+            raise KeyboardInterrupt
+        return run.play()
 
 
 class ServiceRun:
@@ -67,13 +74,13 @@ class ServiceRun:
         book: of all requests.
         instance_Q: who has (or had last) each request, -1 for nobody.
         num_left: requests that are neither answered nor refused.
-        is_stopping: whether Ctrl-C was heard.
     """
 
-    is_stopping = False
-
-    def __init__(self, service: Service, bound: str, tell: Tell, pricing: Pricing) -> None:
+    def __init__(
+        self, service: Service, bound: str, tell: Tell, pricing: Pricing, stop: threading.Event | None = None
+    ) -> None:
         self.service, self.requests, self._tell = service, service.requests, tell
+        self._stop = stop or threading.Event()
         requests, fleet, num = service.requests, service.fleet, len(service.requests)
         self.env = simpy.Environment()
         self._streams = _streams(service)
@@ -103,12 +110,11 @@ class ServiceRun:
                     self._watched[instance.number] = self.env.process(self._watch(instance))
         self.env.process(self._clients() if self.requests.concurrency else self._arrivals())
         is_partial, notes = False, list[str]()
-        with _interrupts_wait(self):
-            try:
-                self.env.run()
-                self._finish()
-            except KeyboardInterrupt:
-                is_partial = True
+        try:
+            self.env.run()
+            self._finish()
+        except KeyboardInterrupt:
+            is_partial = True
         if self._backlog and not is_partial:
             notes.append(f"no instance came back for {len(self._backlog)} requests; they were never answered")
         return self._close(is_partial, notes)
@@ -230,7 +236,7 @@ class ServiceRun:
         if time.monotonic() - self._told_s > TELL_EVERY_S:
             self._told_s = time.monotonic()
             self._tell(len(self.requests) - self.num_left, now_s)
-        if self.is_stopping:
+        if self._stop.is_set():
             raise KeyboardInterrupt
 
     def _watch(self, instance: Instance) -> Process:
@@ -319,21 +325,24 @@ class _Maker:
 
 
 @contextmanager
-def _interrupts_wait(run: ServiceRun) -> Iterator[None]:
-    """Ctrl-C is heard between compiled calls, when all is in step; a second one at once."""
-    before = signal.getsignal(signal.SIGINT)
+def _interrupts_wait() -> Iterator[threading.Event]:
+    """Ctrl-C is heard between compiled calls, when all is in step; a second one at once.
+
+    It would be lost where it falls into a callback of the compiler, whose exceptions nobody hears.
+    """
+    stop, before = threading.Event(), signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
-        yield
+        yield stop
         return
 
     def hear(number: int, frame: FrameType | None) -> None:
-        if run.is_stopping:
+        if stop.is_set():
             raise KeyboardInterrupt
-        run.is_stopping = True
+        stop.set()
 
     signal.signal(signal.SIGINT, hear)
     try:
-        yield
+        yield stop
     finally:
         signal.signal(signal.SIGINT, before)
 
