@@ -21,12 +21,13 @@ ENGINE = (
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """With --dist loadgroup: one worker compiles the engine, once, while the other runs all other tests."""
+    """With --dist loadgroup: one worker compiles the engine, once, while the other begins with all other files."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneCompiler(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return "engine" if nodeid.startswith(tuple(f"tests/test_{name}.py" for name in ENGINE)) else nodeid
+            file = nodeid.partition("::")[0]
+            return "engine" if file in {f"tests/test_{name}.py" for name in ENGINE} else file
 
     return OneCompiler(config, log) if config.getvalue("dist") == "loadgroup" else None
 
