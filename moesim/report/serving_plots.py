@@ -183,15 +183,12 @@ def _changes(results: Sequence[ServingResult], name: str) -> bool:
 
 
 def _thinned(time_s: Floats, values: Floats) -> tuple[Floats, Floats]:
-    """Means of neighbours, so that no curve has more than `MOST_POINTS` points."""
-    step = -(-len(values) // MOST_POINTS)
-    if step <= 1:
-        return time_s, values
-    starts = np.arange(0, len(values), step)
+    """Means of neighbours: no curve has more than `MOST_POINTS` points, and none where nothing is known."""
+    starts = np.arange(0, len(values), -(-len(values) // MOST_POINTS))
     known = np.isfinite(values)
     sums, nums = np.add.reduceat(np.where(known, values, 0.0), starts), np.add.reduceat(known.astype(float), starts)
-    ends = np.minimum(starts + step, len(values)) - 1
-    return time_s[ends], np.divide(sums, nums, out=np.full(len(sums), np.nan), where=nums > 0)
+    ends = np.append(starts[1:], len(values)) - 1
+    return time_s[ends][nums > 0], sums[nums > 0] / nums[nums > 0]
 
 
 def _stretch(axes: Axes, values: Floats, which: str) -> None:

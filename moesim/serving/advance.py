@@ -8,11 +8,10 @@ import numpy as np
 from numba import njit
 
 from moesim.serving.blocks import cached_units
-from moesim.serving.leap import count, leap, note_step
+from moesim.serving.leap import count, leap, note_steps, note_tokens, widen
 from moesim.serving.schedule import schedule_vllm
 from moesim.serving.settle import settle
 from moesim.serving.sglang import schedule_sglang
-from moesim.serving.state import WINDOWS
 from moesim.serving.step import price_step
 
 
@@ -68,12 +67,8 @@ def _schedule(b, batch, now_s):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def note_held(timeline, running, waiting, kv_tokens, start_s, end_s):  # type: ignore[no-untyped-def]
-    """Add so many running and waiting requests, and tokens held, from one time to another; the window of the end."""
-    while end_s >= timeline.width_s[0] * WINDOWS:
-        for w in range(WINDOWS // 2):
-            timeline.sums_WX[w] = timeline.sums_WX[2 * w] + timeline.sums_WX[2 * w + 1]
-        timeline.sums_WX[WINDOWS // 2 :] = 0.0
-        timeline.width_s[0] *= 2
+    """Add so many running and waiting requests, and tokens held, from one time to another."""
+    widen(timeline, end_s)
     at_s, width_s = start_s, timeline.width_s[0]
     while at_s < end_s:
         window = int(at_s / width_s)
@@ -84,7 +79,6 @@ def note_held(timeline, running, waiting, kv_tokens, start_s, end_s):  # type: i
         timeline.sums_WX[window, 1] += waiting * (until_s - at_s)
         timeline.sums_WX[window, 2] += kv_tokens * (until_s - at_s)
         at_s = until_s
-    return int(end_s / width_s)
 
 
 @njit(cache=True)
@@ -96,7 +90,7 @@ def _note(b, start_s, end_s):  # type: ignore[no-untyped-def]
         running += groups.num_D[d]
         waiting += groups.waiting_D[d]
         used += rules.num_blocks - groups.free_D[d] - groups.idle_D[d] * rules.unit_blocks
-    return note_held(b.timeline, running, waiting, used * rules.block_size, start_s, end_s)
+    note_held(b.timeline, running, waiting, used * rules.block_size, start_s, end_s)
 
 
 @njit(cache=True)
@@ -147,10 +141,11 @@ def advance(b, now_s, until_s, most, stops):  # type: ignore[no-untyped-def]
                 _note(b, now_s, until_s)
                 now_s = until_s
             return now_s, next_s, first_most - most
-        window = _note(b, now_s, next_s)
+        _note(b, now_s, next_s)
         now_s = next_s
         if groups.finish_s_P[first] <= now_s:
-            b.timeline.sums_WX[window, 3] += settle(b, first, now_s)
+            times, step_s = groups.times_P[first], groups.step_s_P[first]
+            note_tokens(b.timeline, now_s, step_s, times, settle(b, first, now_s))
             groups.finish_s_P[first] = math.inf
             if stops and groups.done[0] > 0:
                 break
@@ -174,14 +169,14 @@ def _start(b, batch, now_s, most):  # type: ignore[no-untyped-def]
         scratch.parts_P[part] = work.parts_P[part] - scratch.parts_P[part]
     scratch.imbalance[0] = work.imbalance[0] - scratch.imbalance[0]
     scratch.imbalance[1] = work.imbalance[1] - scratch.imbalance[1]
-    count(work, scratch, timeline, now_s, times - 1)
+    count(work, scratch, times - 1)
     groups.times_P[batch], groups.step_s_P[batch] = times, scratch.stage_s_S[0]
     at_s = now_s + copy_s
     for s in range(groups.stage_free_S.size):
         at_s = max(at_s, groups.stage_free_S[s]) + times * scratch.stage_s_S[s]
         groups.stage_free_S[s] = at_s
     groups.finish_s_P[batch] = at_s
-    note_step(scratch, timeline, now_s, 1)
+    note_steps(scratch, timeline, now_s, scratch.stage_s_S[0], times, 1)
     return times
 
 

@@ -74,25 +74,45 @@ def cut(b, now_s):  # type: ignore[no-untyped-def]
     groups.times_P[0] -= left
     groups.finish_s_P[0] -= left * step_s
     groups.stage_free_S[0] = groups.finish_s_P[0]
-    count(work, scratch, timeline, now_s, -left)
+    count(work, scratch, -left)
+    note_steps(scratch, timeline, groups.finish_s_P[0], step_s, left, -1)
     return left
 
 
 @njit(cache=True)
-def count(work, scratch, timeline, now_s, times):  # type: ignore[no-untyped-def]
+def count(work, scratch, times):  # type: ignore[no-untyped-def]
     """Add the last iteration so many times more to all that is summed up."""
     scratch.turn[0] += times
     for part in range(work.parts_P.size):
         work.parts_P[part] += times * scratch.parts_P[part]
     work.imbalance[0] += times * scratch.imbalance[0]
     work.imbalance[1] += times * scratch.imbalance[1]
-    note_step(scratch, timeline, now_s, times)
 
 
 @njit(cache=True)
-def note_step(scratch, timeline, now_s, times):  # type: ignore[no-untyped-def]
-    """Add the last iteration so many times to what is sampled over time."""
-    window = min(int(now_s / timeline.width_s[0]), WINDOWS - 1)
-    timeline.sums_WX[window, 4] += times * scratch.imbalance[0]
-    timeline.sums_WX[window, 5] += times * scratch.imbalance[1]
-    timeline.sums_WX[window, 6] += times * scratch.stage_s_S.sum() / scratch.stage_s_S.size
+def note_steps(scratch, timeline, start_s, step_s, times, sign):  # type: ignore[no-untyped-def]
+    """Add the last iteration so many times to what is sampled over time, or (sign -1) take it away again."""
+    widen(timeline, start_s + times * step_s)
+    for i in range(times):
+        window = int((start_s + i * step_s) / timeline.width_s[0])
+        timeline.sums_WX[window, 4] += sign * scratch.imbalance[0]
+        timeline.sums_WX[window, 5] += sign * scratch.imbalance[1]
+        timeline.sums_WX[window, 6] += sign * scratch.stage_s_S.sum() / scratch.stage_s_S.size
+
+
+@njit(cache=True)
+def note_tokens(timeline, end_s, step_s, times, tokens):  # type: ignore[no-untyped-def]
+    """Add tokens that came out, as many at the end of each of the iterations."""
+    for i in range(times):
+        window = int((end_s - i * step_s) / timeline.width_s[0])
+        timeline.sums_WX[window, 3] += tokens / times
+
+
+@njit(cache=True)
+def widen(timeline, until_s):  # type: ignore[no-untyped-def]
+    """Make windows twice as long, until a time is in one."""
+    while until_s >= timeline.width_s[0] * WINDOWS:
+        for w in range(WINDOWS // 2):
+            timeline.sums_WX[w] = timeline.sums_WX[2 * w] + timeline.sums_WX[2 * w + 1]
+        timeline.sums_WX[WINDOWS // 2 :] = 0.0
+        timeline.width_s[0] *= 2
