@@ -160,6 +160,7 @@ def test_signals(folder, tmp_path, number):
             "-o", str(out), "--requests", "100", "--prompt-tokens", "4", "--output-tokens", "400", "--batch", "1",
         ],
         stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored in background jobs
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size > 40_000 for path in tmp_path.glob(".t.parquet.*")):

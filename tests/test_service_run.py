@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -195,9 +194,9 @@ def test_ctrl_c_leaves_a_partial_result_that_says_so(tmp_path):
     (tmp_path / "long.toml").write_text(LONG)
     simulate_service(ONE)  # compiled
     command = [sys.executable, "-m", "moesim", "run", str(tmp_path / "long.toml"), "--json"]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where tests run in the background
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, preexec_fn=heard) as run:
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored in background jobs
+    with subprocess.Popen(command, **pipes) as run:
         try:
             time.sleep(15)
             run.send_signal(signal.SIGINT)
