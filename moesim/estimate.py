@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moesim.offload.run import OffloadedRun
 from moesim.program.iterations import Iterations
 from moesim.program.walk import walk
 from moesim.results import Result
@@ -18,8 +19,9 @@ def estimate(scenario: Scenario, bound: str = "value", timeline: int = 0) -> Res
     """
     iterations = Iterations(scenario, bound)
     tally, now_s = Tally(iterations, "estimate", timeline), 0.0
+    offloaded = OffloadedRun(iterations) if scenario.is_offloaded else None
     for iteration in iterations:
-        played = walk(iteration.program, iteration.costs)
+        played = offloaded.play(iteration) if offloaded else walk(iteration.program, iteration.costs)
         tally.add(iteration, played, now_s)
         now_s += played.seconds
-    return tally.result()
+    return tally.result(offloaded.metrics() if offloaded else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from zlib import crc32
 
@@ -18,8 +18,12 @@ from moesim.hardware import Cluster
 from moesim.layout import Layout
 from moesim.model import ModelSpec
 from moesim.policies import REGISTRIES, Policies
+from moesim.policies.cache import CACHES
 from moesim.policies.collective import ALL_TO_ALLS
+from moesim.policies.executor import EXECUTORS
 from moesim.policies.placement import PLACEMENTS
+from moesim.policies.predictor import PREDICTORS
+from moesim.policies.prefetch import PREFETCHERS
 from moesim.routing.trace import RoutingTrace
 from moesim.workload import Workload
 
@@ -61,6 +65,13 @@ class Scenario:
         """Whether some experts live in host memory."""
         return self.policies.device_expert_fraction < 1
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether a policy wants the loads of requests that are not replayed."""
+        cache = CACHES.get(self.policies.cache)
+        places = PLACEMENTS.get(self.policies.placement)
+        return bool(places and places.needs_load) or bool(self.is_offloaded and cache and cache.needs_history)
+
     def memory_bytes(self) -> dict[str, float]:
         """Bytes by part on the fullest device, and its capacity."""
         longest = self.workload.prompt_tokens
@@ -79,6 +90,16 @@ class Scenario:
         ]
         fullest = max(stages, key=lambda parts: sum(parts.values()))
         return fullest | {"capacity": self.cluster.device.memory.capacity_bytes}
+
+    def fitting_expert_fraction(self) -> float:
+        """The largest share of each layer's experts, in whole experts, that fits on the device beside all else; 0 if
+        nothing does."""
+        if not self.model.moe_layers:
+            return 1.0
+        whole = replace(self, policies=replace(self.policies, device_expert_fraction=1.0)).memory_bytes()
+        experts, num_experts = whole.pop("experts"), self.model.experts.num_experts
+        room = whole.pop("capacity") - sum(whole.values())
+        return float(np.clip(np.floor(num_experts * room / experts), 0, num_experts)) / num_experts
 
     def warnings(self) -> list[str]:
         """What the reader of a result should know about where its routing and its tables come from."""
@@ -126,18 +147,29 @@ class Scenario:
                 )
             if self.cluster.host is None:
                 found.append("policies.device_expert_fraction: the machine has no host memory to keep experts in")
-        places = PLACEMENTS.get(self.policies.placement)
-        if places is not None and places.needs_load and len(np.unique(self.trace.request_T)) < 2:
+        if self.needs_history and len(np.unique(self.trace.request_T)) < 2:
             found.append(
-                f"policies.placement: {self.policies.placement!r} places by the load of requests that are not "
-                f"replayed; trace {self.trace.name!r} has one request"
+                f"policies: placement {self.policies.placement!r} or cache {self.policies.cache!r} goes by the load of "
+                f"requests that are not replayed; trace {self.trace.name!r} has one request"
             )
-        needs = getattr(REGISTRIES["prefetch"].get(self.policies.prefetch), "needs_predictions", False)
-        if needs and not self.trace.predicted_HTLW:
+        return found + (self._offload_mistakes() if self.is_offloaded else [])
+
+    def _offload_mistakes(self) -> list[str]:
+        """Of policies that only experts in host memory need."""
+        policies, found = self.policies, []
+        if getattr(PREDICTORS.get(policies.predictor), "needs_guesses", False) and not self.trace.predicted_HTLW:
             found.append(
-                f"policies.prefetch: {self.policies.prefetch!r} needs the next layers' predicted experts, which trace "
-                f'{self.trace.name!r} has not; use "none" or a trace captured with predictions'
+                f"policies.predictor: {policies.predictor!r} needs the next layers' predicted experts, which trace "
+                f'{self.trace.name!r} has not; use "oracle_stated", "none" or a trace captured with predictions'
             )
+        if policies.predictor == "none" and getattr(PREFETCHERS.get(policies.prefetch), "needs_predictions", False):
+            found.append(
+                f"policies.prefetch: {policies.prefetch!r} needs a predictor; set policies.predictor to "
+                f'{", ".join(name for name in PREDICTORS if name != "none")}, or prefetch to "none"'
+            )
+        host, unit = self.cluster.host, getattr(EXECUTORS.get(policies.executor), "needs", "")
+        if unit == "cpu" and (host is None or not host.flops_per_s):
+            found.append(f"policies.executor: {policies.executor!r} needs a CPU, which {self.cluster.name!r} has not")
         return found
 
     def _network_mistakes(self) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from moesim.hardware import SOURCES
 from moesim.program.iterations import Iteration, Iterations
-from moesim.program.operation import Operation, Played
+from moesim.program.operation import Played
 from moesim.program.walk import account
 from moesim.results import Record, Result
 from moesim.version import __version__
@@ -79,17 +81,13 @@ class Tally:
         index: dict[tuple[int, int], int] = {}
         rows = []
         for n, op in enumerate(played.operations):
-            if isinstance(op, Operation):
-                group_R = iteration.program.groups[op.group]
-                fragment = n >= len(iteration.program.operations)
-                ranks = np.flatnonzero(group_R >= 0) if not fragment else np.flatnonzero(played.finish_NR[n] > 0)
-                rows += [(float(played.start_NR[n, r]), n, int(r)) for r in ranks]
+            ranks = np.flatnonzero(iteration.program.groups[op.group] >= 0)
+            rows += [(float(played.start_NR[n, r]), n, int(r)) for r in ranks]
         rows.sort()
         for i, (_, n, r) in enumerate(rows):
             index[n, r] = len(self._records) + i
         for start, n, r in rows:
             op = played.operations[n]
-            assert isinstance(op, Operation)
             after = tuple(index[a, r] for a in op.after if (a, r) in index)
             self._records.append(
                 Record(
@@ -106,8 +104,8 @@ class Tally:
                 )
             )
 
-    def result(self) -> Result:
-        """The result of the run so far."""
+    def result(self, further: Mapping[str, float]) -> Result:
+        """The result of the run so far, with further metrics."""
         s, it = self._iterations.scenario, self._iterations
         prefill, decode = self._step_s["prefill"], self._step_s["decode"]
         num_requests = s.workload.num_requests
@@ -138,10 +136,7 @@ class Tally:
         exposed = [n for n in breakdown.get("decode", {}) if n in _COMMUNICATION]
         if decode and s.cluster.num_ranks > 1:
             metrics["exposed_communication_fraction"] = sum(breakdown["decode"][n] for n in exposed) / iteration_s
-        if it.store is not None:
-            used = it.store.num_hits + it.store.num_misses
-            metrics["expert_hit_rate"] = it.store.num_hits / used if used else 0.0
-            metrics["prefetched_experts_per_iteration"] = it.store.num_prefetched / (len(prefill) + len(decode))
+        metrics |= further
         busy = self._busy_s.sum()
         shares = {
             f"{name}_fraction": float(b / busy) if busy else 0.0 for name, b in zip(SOURCES, self._busy_s, strict=True)

@@ -64,7 +64,7 @@ def small_cluster(nodes=1, per_node=4, rate=1.0, latency=1.0) -> Cluster:
 
 
 def small_scenario(
-    nodes=1, per_node=4, spread=True, tp=1, rate=1.0, latency=1.0, seed=0, fraction=1.0, cache="lru", prefetch="none",
+    nodes=1, per_node=4, spread=True, tp=1, rate=1.0, latency=1.0, seed=0, fraction=1.0, policies=None,
     requests=8, outputs=4, prompts=5, redundant=0, **model,
 ) -> Scenario:  # fmt: skip
     spec = small_model(**model)
@@ -78,5 +78,5 @@ def small_scenario(
     return Scenario(
         "small", spec, small_cluster(nodes, per_node, rate, latency),
         Layout(AttentionGrid(ranks // tp, tp), experts, redundant), Workload(requests, outputs), trace,
-        Policies(cache=cache, prefetch=prefetch, device_expert_fraction=fraction), seed=seed,
+        Policies(**(policies or {}), device_expert_fraction=fraction), seed=seed,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Laws that every run keeps, over random models, layouts and traces."""
 
-import dataclasses
 import itertools
 import json
 
@@ -13,9 +12,10 @@ from hypothesis import strategies as st
 from moesim import verbs
 from moesim.estimate import estimate
 from moesim.policies.cache import CACHES
+from moesim.policies.executor import EXECUTORS
+from moesim.policies.predictor import PREDICTORS
 from moesim.policies.prefetch import PREFETCHERS
 from moesim.program.iterations import Iterations
-from moesim.program.walk import walk
 from moesim.simulate import simulate
 
 scenarios = st.builds(
@@ -46,8 +46,14 @@ offloaded = st.builds(
     spread=st.just(False),
     seed=st.integers(0, 5),
     fraction=st.sampled_from([0.0, 0.25, 0.5]),
-    cache=st.sampled_from(sorted(CACHES)),
-    prefetch=st.sampled_from(sorted(PREFETCHERS)),
+    policies=st.fixed_dictionaries(
+        {
+            "cache": st.sampled_from(sorted(CACHES)),
+            "predictor": st.sampled_from(sorted(PREDICTORS)),
+            "prefetch": st.sampled_from(sorted(PREFETCHERS)),
+            "executor": st.sampled_from(sorted(EXECUTORS)),
+        }
+    ),
     layers=st.integers(2, 4),
     requests=st.integers(1, 4),
 )
@@ -125,48 +131,6 @@ def test_times_scale_with_the_machine(seed, factor):
             assert fast.metrics[name] == pytest.approx(value / factor, rel=1e-9)
         else:
             assert fast.metrics[name] == pytest.approx(value, rel=1e-9)
-
-
-@few
-@given(st.sampled_from(["lru", "lfu"]), st.sampled_from(["none", "next_layer_gate"]), st.integers(0, 5))
-def test_a_policy_cannot_see_the_future(cache, prefetch, seed):
-    """Changing what the last step routes to changes nothing before it."""
-    scenario = small_scenario(
-        per_node=1, spread=False, fraction=0.5, cache=cache, prefetch=prefetch, seed=seed, requests=1, outputs=5
-    )
-    trace = scenario.trace
-    other_ids, other_predicted = trace.expert_ids_TLK.copy(), trace.predicted_HTLW[0].copy()
-    last = scenario.workload.output_tokens - 2  # the last decode row that is replayed
-    row = np.flatnonzero(trace.is_decode_T)[last]
-    other_ids[row] = (other_ids[row] + 1) % trace.num_experts
-    other_predicted[row] = (other_predicted[row] + 1) % trace.num_experts
-    changed = dataclasses.replace(
-        scenario, trace=dataclasses.replace(trace, expert_ids_TLK=other_ids, predicted_HTLW=(other_predicted,))
-    )
-    assert simulate(scenario).step_s[:-1] == simulate(changed).step_s[:-1]
-
-
-@few
-@given(st.integers(0, 9), st.sampled_from([0.25, 0.5, 0.75]))
-def test_no_cache_beats_the_oracle_and_none_exceeds_its_room(seed, fraction):
-    misses = {}
-    for cache in ("lru", "lfu", "oracle_belady"):
-        scenario = small_scenario(
-            per_node=1, spread=False, fraction=fraction, cache=cache, seed=seed, requests=1, outputs=30, prompts=2,
-            top_k=1, layers=2,
-        )  # fmt: skip
-        iterations = Iterations(scenario)
-        for iteration in iterations:
-            walk(iteration.program, iteration.costs)
-            assert all(len(layer) <= np.ceil(8 * fraction) for layer in iterations.store.resident)
-        misses[cache] = iterations.store.num_misses
-    assert misses["oracle_belady"] <= min(misses["lru"], misses["lfu"])
-
-
-def test_a_miss_is_never_free():
-    all_here = small_scenario(per_node=1, spread=False, requests=2)
-    some_away = small_scenario(per_node=1, spread=False, requests=2, fraction=0.5)
-    assert estimate(some_away).metrics["tpot_s"] > estimate(all_here).metrics["tpot_s"]
 
 
 def test_intervals_hold_the_value_and_shares_add_up():

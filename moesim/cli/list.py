@@ -88,9 +88,13 @@ def _hardware() -> list[dict[str, Any]]:
 
 
 def _policies() -> list[dict[str, Any]]:
-    from moesim.policies import REGISTRIES, SERVING_REGISTRIES
+    from moesim.policies import REGISTRIES, SERVING_REGISTRIES, SYSTEMS
 
-    return [
+    systems = [
+        {"kind": "system", "policy": name, "says": ", ".join(f"{kind} {policy}" for kind, policy in policies.items())}
+        for name, policies in SYSTEMS.items()
+    ]
+    return systems + [
         {"kind": kind, "policy": name, "says": " ".join((cls.__doc__ or "").split())[:100]}
         for kind, registry in (*REGISTRIES.items(), *SERVING_REGISTRIES.items())
         for name, cls in registry.items()

@@ -28,7 +28,7 @@ from moesim.files.tables import raise_all, read_toml
 from moesim.files.traces import read_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.model import BYTES_PER_PARAM, Dtypes, ModelSpec
-from moesim.policies import Policies
+from moesim.policies import SYSTEMS, Policies
 from moesim.routing.synthetic import even_trace, zipf_trace
 from moesim.routing.trace import RoutingTrace
 from moesim.scenario import Scenario
@@ -158,6 +158,7 @@ def _build(
     known = [*PARTS, *_TABLES, "engine", "beside"]
     mistakes += [f"{prefix}{key}: unknown key; {nearest(key, known)}" for key in values if key not in known]
     parts = load_parts(values, prefix, folder, loaded, mistakes)
+    wants_fit = _spell_out_policies(values, prefix, mistakes)
     for key, cls in _TABLES.items():
         if key in values or key == "workload":
             parts[key] = structure(cls, values.get(key, {}), f"{prefix}{key}", mistakes)
@@ -178,9 +179,32 @@ def _build(
         seed=values.get("seed", 0),
         plain=values,
     )
+    if wants_fit:
+        policies = dataclasses.replace(scenario.policies, device_expert_fraction=scenario.fitting_expert_fraction())
+        scenario = dataclasses.replace(scenario, policies=policies)
     found = scenario.mistakes()
     mistakes += [f"{prefix}{mistake}" for mistake in found]
     return None if found else scenario
+
+
+def _spell_out_policies(values: dict[str, Any], prefix: str, mistakes: list[str]) -> bool:
+    """Put the policies of a named system in place of its name; whether the share on the device is to be what fits."""
+    given = values.get("policies", {})
+    given = {"system": given} if isinstance(given, str) else given
+    if not isinstance(given, dict):
+        return False
+    given = dict(given)
+    wants_fit = given.get("device_expert_fraction", "fit" if "system" in given else None) == "fit"
+    if wants_fit:
+        given["device_expert_fraction"] = 0.0
+    name = given.pop("system", None)
+    if name is not None and name not in SYSTEMS:
+        mistakes.append(f"{prefix}policies.system: unknown {name!r}; {nearest(str(name), SYSTEMS)}")
+    elif name is not None:
+        given = {**SYSTEMS[name], **given}
+    if given:
+        values["policies"] = given
+    return wants_fit
 
 
 def load_parts(

@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from moesim.policies.autoscaler import AUTOSCALERS
 from moesim.policies.cache import CACHES
 from moesim.policies.collective import ALL_TO_ALLS
+from moesim.policies.executor import EXECUTORS
 from moesim.policies.placement import PLACEMENTS
+from moesim.policies.predictor import PREDICTORS
 from moesim.policies.prefetch import PREFETCHERS
 from moesim.policies.router import ROUTERS
+from moesim.policies.systems import SYSTEMS
 
 REGISTRIES: Mapping[str, Mapping[str, type]] = {
     "placement": PLACEMENTS,
     "cache": CACHES,
+    "predictor": PREDICTORS,
     "prefetch": PREFETCHERS,
+    "executor": EXECUTORS,
     "all_to_all": ALL_TO_ALLS,
 }
 """Kind -> name -> class, of a scenario's `[policies]`."""
@@ -26,8 +31,8 @@ SERVING_REGISTRIES: Mapping[str, Mapping[str, type]] = {"router": ROUTERS, "auto
 class Policies:
     """The policies of a scenario, by name.
 
-    device_expert_fraction: share of each layer's experts that device memory holds; the others stay in host memory and
-        are copied when they are needed. 1 keeps all of them on the device.
+    device_expert_fraction: share of each layer's experts that device memory holds; the others stay in host memory, and
+        cache, predictor, prefetch and executor say what happens to them. 1 keeps all of them on the device.
     two_batch_overlap: each group's requests are cut in two batches; one computes while the other communicates.
     network: "ports": what limits a collective is each rank's own ports; "flows": routes over the topology, on whose
         links flows share (`simulate` plays them; `estimate` takes the fullest link).
@@ -35,11 +40,13 @@ class Policies:
 
     placement: str = "contiguous"
     cache: str = "lru"
+    predictor: str = "none"
     prefetch: str = "none"
+    executor: str = "on_demand"
     device_expert_fraction: float = 1.0
     all_to_all: str = "flat"
     two_batch_overlap: bool = False
     network: str = "ports"
 
 
-__all__ = ["REGISTRIES", "SERVING_REGISTRIES", "Policies"]
+__all__ = ["REGISTRIES", "SERVING_REGISTRIES", "SYSTEMS", "Policies"]

@@ -1,6 +1,6 @@
 """Programs: a step of a model on a layout, lowered once, and the array walk over it."""
 
-from moesim.program.operation import Choice, Costs, Draft, Fragment, Operation, Played, Program
+from moesim.program.operation import Costs, Draft, Operation, Played, Program
 from moesim.program.walk import account, walk
 
-__all__ = ["Choice", "Costs", "Draft", "Fragment", "Operation", "Played", "Program", "account", "walk"]
+__all__ = ["Costs", "Draft", "Operation", "Played", "Program", "account", "walk"]

@@ -28,12 +28,10 @@ from moesim.model import BYTES_PER_PARAM, Dense, Experts, Layer, ModelSpec
 from moesim.program.batch import Batch, Members
 from moesim.program.exchange import Exchange
 from moesim.program.lowering import Lowering
-from moesim.program.operation import Costs, Draft, Fragment, Operation, Program
+from moesim.program.operation import Costs, Draft, Program
 from moesim.routing.counting import Counts
 
 Floats = NDArray[np.float64]
-Expand = Callable[[int, int, int], Fragment]
-"""(MoE layer, id of the choice, id of the fragment's first operation) -> fragment."""
 
 
 def drafting_layer(model: ModelSpec) -> Layer:
@@ -69,7 +67,6 @@ class Forward:
 
     Args:
         slot_params_LRS: parameters of the expert (or slice of one) in each slot of each expert rank.
-        expand: where given, experts are not one operation but a choice that falls when the router is done.
         operators: of the machine's device, for a bound; rooflines if None.
         exchange: how tokens reach spread experts; flat, by each rank's ports, if None.
         num_batches: 1, or 2 that overlap.
@@ -83,7 +80,6 @@ class Forward:
         cluster: Cluster,
         layout: Layout,
         slot_params_LRS: Floats,
-        expand: Expand | None = None,
         operators: Callable[[str], Operators] | None = None,
         exchange: Exchange | None = None,
         num_batches: int = 1,
@@ -97,16 +93,16 @@ class Forward:
         self._slot_params_LRS = slot_params_LRS
         self.operators = operators or partial(Operators, cluster.device)
         self._tp, self._cp, self._spread = layout.attention.tp, layout.attention.cp, layout.experts.ep > 1
-        self.program = self._lower(expand)
+        self.program = self._lower()
         self._standing: dict[tuple[str | Members, ...], _Standing] = {}
 
-    def _lower(self, expand: Expand | None) -> Program:
+    def _lower(self) -> Program:
         ranks = np.arange(self.layout.attention.num_ranks, dtype=np.int32)
         groups = {"tp": ranks // self._tp, "ep": ranks // (self.layout.experts.ep * self.layout.experts.etp)}
         if self._cp > 1:
             groups["cp"] = ranks // (self._tp * self._cp) * self._tp + ranks % self._tp
         draft = Draft(len(ranks), groups)
-        lowering, moe_layer = Lowering(draft, self._num_batches, self._tp > 1, self._spread, self._cp > 1), 0
+        lowering = Lowering(draft, self._num_batches, self._tp > 1, self._spread, self._cp > 1)
         for i, layer in enumerate(self._layers):
             if layer.mixer:
                 lowering.attention(i, halved=isinstance(layer.ffn, Experts) and self._spread)
@@ -115,8 +111,7 @@ class Forward:
             elif isinstance(layer.ffn, Experts):
                 has_shared = bool(layer.ffn.shared_width or layer.ffn.residual_width)
                 beside = has_shared and not self.layout.num_shared_expert_ranks
-                lowering.experts(i, beside, partial(expand, moe_layer) if expand else None)
-                moe_layer += 1
+                lowering.experts(i, beside)
             if i >= len(self.model.layers) - 1:
                 lowering.head(-1 if i < len(self.model.layers) else i)
         last = lowering.write()
@@ -164,8 +159,7 @@ class Forward:
 
     @cached_property
     def _computing(self) -> list[int]:
-        found = enumerate(self.program.operations)
-        return [n for n, op in found if isinstance(op, Operation) and op.resource == "compute"]
+        return [n for n, op in enumerate(self.program.operations) if op.resource == "compute"]
 
     def _put(self, costs: Costs, part: str | Mixer, place: int, timed: Timed, num_bytes: Floats | None = None) -> None:
         """Write one part of one batch's step (or its attention of one kind), broadcast over its layers and ranks."""

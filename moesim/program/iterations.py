@@ -9,13 +9,11 @@ import numpy as np
 
 from moesim.costs.operators import Operators
 from moesim.layout import Placement
-from moesim.policies import REGISTRIES
 from moesim.policies.collective import ALL_TO_ALLS
 from moesim.policies.placement import PLACEMENTS
 from moesim.program.batch import Batch, Members
 from moesim.program.exchange import Exchange
 from moesim.program.forward import Forward
-from moesim.program.offload import ExpertStore
 from moesim.program.operation import Costs, Program
 from moesim.program.pipeline import Pipeline
 from moesim.routing.blocks import Blocks, Windows, trimmed
@@ -32,12 +30,17 @@ POOL_PAYS = 4
 
 @dataclass(frozen=True, eq=False)
 class Iteration:
-    """One step, priced. It must be played before the next one is taken: the expert store lives on between them."""
+    """One step, priced."""
 
-    phase: str
+    batch: Batch
     program: Program
     costs: Costs
     counts: Counts | None
+
+    @property
+    def phase(self) -> str:
+        """prefill or decode."""
+        return self.batch.phase
 
 
 def with_shared(ids_TLK: np.ndarray, expert: int) -> np.ndarray:
@@ -52,7 +55,7 @@ class Iterations:
     def __init__(self, scenario: Scenario, bound: str = "value", is_played: bool = False) -> None:
         self.scenario, self.bound = scenario, bound
         model, layout, cluster = scenario.model, scenario.layout, scenario.cluster
-        needs_load = bool(model.moe_layers) and PLACEMENTS[scenario.policies.placement].needs_load
+        needs_load = bool(model.moe_layers) and scenario.needs_history
         self.replay = Replay(scenario.trace, scenario.stream("replay"), needs_load)
         workload = scenario.workload
         self.lengths_Q = self.replay.prompt_lengths(workload.num_requests, workload.prompt_tokens)
@@ -90,15 +93,13 @@ class Iterations:
             slot_params_LP = params_E[placement.slot_expert_LP] / layout.experts.etp
             slot_params_LRS = slot_params_LP.reshape(len(model.moe_layers), layout.experts.ep, -1)
             slot_params_LRS = np.tile(slot_params_LRS, (1, num_ranks // layout.experts.ep, 1))
-        self.store = self._make_store() if scenario.is_offloaded and model.moe_layers else None
-        expand = self.store.expand if self.store else None
         policies = scenario.policies
         exchange = Exchange(
             cluster, policies.all_to_all, policies.network == "flows", is_played, scenario.faults.slowed
         )
         num_batches, slowdown_R = 2 if policies.two_batch_overlap else 1, scenario.faults.slowdown_R(cluster.num_ranks)
         stage = Forward(
-            model, cluster, layout, slot_params_LRS, expand, self._operators, exchange, num_batches,
+            model, cluster, layout, slot_params_LRS, self.operators, exchange, num_batches,
             workload.num_speculative_tokens, slowdown_R if layout.pp == 1 else None,
         )  # fmt: skip
         self.forward: Forward | Pipeline = stage if layout.pp == 1 else Pipeline(stage, layout.pp, slowdown_R)
@@ -180,28 +181,10 @@ class Iterations:
             found.append(f"decoding replays {length} tokens of the answers of {num_traced} requests of the trace")
         return found
 
-    def _operators(self, bound: str) -> Operators:
+    def operators(self, bound: str) -> Operators:
+        """Of the machine's device, measured and calibrated as the scenario has it."""
         s = self.scenario
         return Operators(s.cluster.device, bound, s.tables, s.calibration)
-
-    def _make_store(self) -> ExpertStore:
-        s = self.scenario
-        cache = REGISTRIES["cache"][s.policies.cache]()
-        num_experts = s.model.experts.num_experts
-        slots = int(np.ceil(num_experts * s.policies.device_expert_fraction))
-        future = self._future_SLE() if cache.needs_future else None
-        prefetch = REGISTRIES["prefetch"][s.policies.prefetch]()
-        return ExpertStore(s.model, s.cluster, slots, cache.start(future), prefetch, self._operators(self.bound))
-
-    def _future_SLE(self) -> np.ndarray:
-        """Which experts each iteration will use, for oracles only: bool [S, L, E]."""
-        ids_TLK, num_experts = self.scenario.trace.expert_ids_TLK, self.scenario.trace.num_experts
-        batches = [*self.prefill_batches(), *self.decode_batches()]
-        used_SLE = np.zeros((len(batches), ids_TLK.shape[1], num_experts), np.bool_)
-        for s, batch in enumerate(batches):
-            ids_BLK = ids_TLK[batch.rows_B]
-            used_SLE[s, np.arange(ids_TLK.shape[1])[None, :, None], ids_BLK] = True
-        return used_SLE
 
     def prefill_batches(self) -> Iterator[Batch]:
         """Waves of whole prompts; in each wave a group takes prompts up to `max_num_batched_tokens` (at least one)."""
@@ -241,16 +224,11 @@ class Iterations:
 
     def _iteration(self, batch: Batch) -> Iteration:
         whole = self._count(batch)
-        if self.store is not None:
-            assert whole is not None
-            trace = self.scenario.trace
-            predicted = trace.predicted_HTLW[0][batch.rows_B, :, : trace.top_k] if trace.predicted_HTLW else None
-            self.store.begin(whole.load_LRS[:, 0, :], predicted)
-            costs = self.forward.price([(batch, None)], self.bound)
-            return Iteration(batch.phase, self.forward.program, costs, whole)
+        if self.scenario.is_offloaded:  # experts are priced as the step runs
+            return Iteration(batch, self.forward.program, self.forward.price([(batch, None)], self.bound), whole)
         is_cut = self.scenario.policies.two_batch_overlap or self.scenario.layout.pp > 1
         parts = self.parts(batch) if is_cut else [(batch, whole)]
-        return Iteration(batch.phase, self.forward.program, self.forward.price(parts, self.bound), whole)
+        return Iteration(batch, self.forward.program, self.forward.price(parts, self.bound), whole)
 
     def parts(self, batch: Batch) -> list[tuple[Batch, Counts | None]]:
         """The batches that overlap, or are in a pipeline, or the one that is alone, with the counts of their tokens."""

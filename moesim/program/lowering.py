@@ -10,10 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from moesim.program.operation import Draft, Fragment
-
-Expand = Callable[[int, int], Fragment]
-"""(id of the choice, id of the fragment's first operation) -> fragment."""
+from moesim.program.operation import Draft
 
 
 @dataclass
@@ -56,10 +53,10 @@ class Lowering:
         """The output head."""
         self._later("head", layer, "compute")
 
-    def experts(self, layer: int, has_shared: bool, expand: Expand | None) -> None:
-        """Router and dispatch, then experts (as a choice where `expand` is given) and their way back."""
+    def experts(self, layer: int, has_shared: bool) -> None:
+        """Router and dispatch, then experts and their way back."""
         self._blocks[-1].append(lambda place: self._route(place, layer))
-        self._blocks.append([lambda place: self._compute(place, layer, has_shared, expand)])
+        self._blocks.append([lambda place: self._compute(place, layer, has_shared)])
         if self.is_spread:
             self._later("combine", layer, "network", "ep")
         if self.is_cut:
@@ -93,11 +90,8 @@ class Lowering:
         if self.is_spread:
             self._add(place, "dispatch", layer, "network", "ep")
 
-    def _compute(self, place: int, layer: int, has_shared: bool, expand: Expand | None) -> None:
+    def _compute(self, place: int, layer: int, has_shared: bool) -> None:
         if has_shared:
             arrived, self.after[place] = self.after[place], (self._router[place],)
             self.after[place] = (*arrived, self._add(place, "shared_experts", layer, "compute"))
-        if expand is not None:
-            self.after[place] = (self.draft.choose("fetch", layer, 0, expand, self.after[place]),)
-        else:
-            self._add(place, "experts", layer, "compute")
+        self._add(place, "experts", layer, "compute")

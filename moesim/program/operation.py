@@ -5,14 +5,11 @@ computation, all ranks of an expert-parallel group for a dispatch, a sender and 
 pipeline stages. It starts in a group when, on each member, everything it waits for there has finished. Streams run in
 order because the lowering adds the stream's previous operation to what the next one waits for; so a resource that only
 one rank uses never queues, and only resources named in `Program.shared` need a queue at all.
-
-What is not known before the step runs (which experts miss the cache) is a `Choice`: when what it waits for has
-finished, it is asked for a `Fragment`, operations that take its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -39,34 +36,6 @@ class Operation:
     after: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """Operations that a choice turned into, on its rank; their ids follow on from `first_id`.
-
-    shares: of each operation, as in `Costs`; join: ids that must finish before the choice counts as finished.
-    """
-
-    operations: tuple[Operation, ...]
-    seconds: tuple[float, ...]
-    num_bytes: tuple[float, ...]
-    shares: tuple[NDArray[np.float64], ...]
-    join: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A decision that falls while the step runs, on one rank.
-
-    expand(id, first_id): the fragment; `id` is the choice's own, `first_id` the id of the fragment's first operation.
-    """
-
-    name: str
-    layer: int
-    rank: int
-    after: tuple[int, ...]
-    expand: Callable[[int, int], Fragment] = field(compare=False)
-
-
 @dataclass(frozen=True, eq=False)
 class Program:
     """N operations over R ranks, in an order in which nothing waits for a later one.
@@ -75,20 +44,15 @@ class Program:
     shared: resources that several ranks use, name -> how many operations it can serve at once.
     """
 
-    operations: tuple[Operation | Choice, ...]
+    operations: tuple[Operation, ...]
     num_ranks: int
     groups: Mapping[str, NDArray[np.int32]]
     shared: Mapping[str, int] = field(default_factory=dict)
 
-    @cached_property
-    def has_choices(self) -> bool:
-        """Whether something is decided while the step runs."""
-        return any(isinstance(op, Choice) for op in self.operations)
-
     @property
     def is_static(self) -> bool:
-        """Whether nothing can race: no choice, no shared resource."""
-        return not self.shared and not self.has_choices
+        """Whether nothing can race: no shared resource."""
+        return not self.shared
 
     @cached_property
     def parts(self) -> tuple[str, ...]:
@@ -102,12 +66,12 @@ class Program:
 
     @cached_property
     def group_NR(self) -> NDArray[np.int32]:
-        """Group that each rank belongs to in each operation, -1 for none (a program without choices)."""
-        return np.stack([self.groups[op.group] for op in self.operations if isinstance(op, Operation)])
+        """Group that each rank belongs to in each operation, -1 for none."""
+        return np.stack([self.groups[op.group] for op in self.operations])
 
     @cached_property
     def is_alone_N(self) -> NDArray[np.bool_]:
-        """Whether each rank starts the operation for itself (a program without choices)."""
+        """Whether each rank starts the operation for itself."""
         return np.asarray((self.group_NR == np.arange(self.num_ranks)).all(axis=1))
 
     @cached_property
@@ -125,15 +89,15 @@ class Program:
         }
 
 
-def part_names(operations: Sequence[Operation | Choice]) -> tuple[str, ...]:
+def part_names(operations: Sequence[Operation]) -> tuple[str, ...]:
     """Names of the parts of a step, in the order of their first operation."""
-    return tuple(dict.fromkeys(op.name for op in operations if isinstance(op, Operation)))
+    return tuple(dict.fromkeys(op.name for op in operations))
 
 
-def part_indices(operations: Sequence[Operation | Choice], parts: Sequence[str]) -> NDArray[np.int32]:
-    """Index in `parts` of each operation, -1 for a choice (its fragment's operations count, not itself)."""
+def part_indices(operations: Sequence[Operation], parts: Sequence[str]) -> NDArray[np.int32]:
+    """Index in `parts` of each operation."""
     index = {name: i for i, name in enumerate(parts)}
-    return np.array([index[op.name] if isinstance(op, Operation) else -1 for op in operations], np.int32)
+    return np.array([index[op.name] for op in operations], np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +119,12 @@ class Costs:
 
 @dataclass(frozen=True, eq=False)
 class Played:
-    """A step after it ran: its operations (fragments included, after the static ones) with start and finish.
+    """A step after it ran: its operations with start and finish.
 
     start_NR, finish_NR: float64 [N, R] seconds from the start of the step, 0 where a rank takes no part.
     """
 
-    operations: tuple[Operation | Choice, ...]
+    operations: tuple[Operation, ...]
     costs: Costs
     start_NR: NDArray[np.float64]
     finish_NR: NDArray[np.float64]
@@ -177,7 +141,7 @@ class Draft:
     """A program being written: streams stay in order by themselves."""
 
     def __init__(self, num_ranks: int, groups: Mapping[str, NDArray[np.int32]]) -> None:
-        self.operations: list[Operation | Choice] = []
+        self.operations: list[Operation] = []
         self.num_ranks = num_ranks
         self.groups = {"rank": np.arange(num_ranks, dtype=np.int32), **groups}
         self._last: dict[str, int] = {}
@@ -188,13 +152,6 @@ class Draft:
         waits = tuple(dict.fromkeys([*stream, *after]))
         self.operations.append(Operation(name, layer, resource, group, waits))
         self._last[resource] = len(self.operations) - 1
-        return len(self.operations) - 1
-
-    def choose(
-        self, name: str, layer: int, rank: int, expand: Callable[[int, int], Fragment], after: Sequence[int]
-    ) -> int:
-        """Append a choice, and return its id; later operations of any stream must name it to wait for it."""
-        self.operations.append(Choice(name, layer, rank, tuple(after), expand))
         return len(self.operations) - 1
 
     def program(self, shared: Mapping[str, int] | None = None) -> Program:

@@ -119,7 +119,7 @@ class Pipeline:
                     bytes_NSR[n, s], shares_NX[n] = num_bytes_R, timed.shares_X
         costs = Costs(seconds_NSR.reshape(-1, S * Rs), bytes_NSR.reshape(-1, S * Rs), shares_NX)
         if self._slowdown_R is not None:
-            computing = [n for n, op in enumerate(self.program.operations) if op.resource == "compute"]  # type: ignore[union-attr]
+            computing = [n for n, op in enumerate(self.program.operations) if op.resource == "compute"]
             costs.seconds_NR[computing] *= self._slowdown_R
         assert costs.shares_NX.shape[1] == len(SOURCES)
         return costs

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from moesim.program.operation import Choice, Costs, Operation, Played, Program, part_indices, part_names
+from moesim.program.operation import Costs, Played, Program
 
 Floats = NDArray[np.float64]
 
@@ -47,8 +47,6 @@ def _account(part_N, start_NR, finish_NR, end, exposed_XR, idle_R):  # type: ign
     frontier_R = np.zeros(num_ranks)
     for n in range(num_ops):
         part = part_N[n]
-        if part < 0:
-            continue
         for r in range(num_ranks):
             start, finish, frontier = start_NR[n, r], finish_NR[n, r], frontier_R[r]
             if finish > frontier:
@@ -63,56 +61,9 @@ def _account(part_N, start_NR, finish_NR, end, exposed_XR, idle_R):  # type: ign
 
 def walk(program: Program, costs: Costs) -> Played:
     """Play a program as if no two operations ever wanted the same shared resource."""
-    if program.has_choices:
-        return _walk_choices(program, costs)
     start_NR, finish_NR = np.zeros_like(costs.seconds_NR), np.zeros_like(costs.seconds_NR)
     _walk(program.group_NR, program.is_alone_N, *program.waits, costs.seconds_NR, start_NR, finish_NR)
     return Played(program.operations, costs, start_NR, finish_NR, program.parts, program.part_N)
-
-
-def _walk_choices(program: Program, costs: Costs) -> Played:
-    """The same in Python, one operation at a time, since fragments appear on the way."""
-    num_ranks = program.num_ranks
-    operations: list[Operation | Choice] = list(program.operations)
-    start: list[Floats] = [np.zeros(num_ranks) for _ in operations]
-    finish: list[Floats] = [np.zeros(num_ranks) for _ in operations]
-    seconds, sizes, shares = list(costs.seconds_NR), list(costs.bytes_NR), list(costs.shares_NX)
-
-    def place(n: int, ranks: NDArray[np.int64], earliest: float = 0.0) -> None:
-        """Start operation n on ranks that start it together."""
-        ready = max((finish[a][ranks].max() for a in operations[n].after), default=0.0)
-        start[n][ranks] = max(ready, earliest)
-        finish[n][ranks] = start[n][ranks] + seconds[n][ranks]
-
-    for n, op in enumerate(program.operations):
-        if isinstance(op, Operation):
-            for ranks in program.members[op.group]:
-                place(n, ranks)
-            continue
-        rank = op.rank
-        fell = start[n][rank] = max((finish[a][rank] for a in op.after), default=0.0)
-        alone_R = (np.arange(num_ranks) == rank).astype(np.float64)
-        fragment = op.expand(n, len(operations))
-        for i, piece in enumerate(fragment.operations):
-            operations.append(piece)
-            start.append(np.zeros(num_ranks))
-            finish.append(np.zeros(num_ranks))
-            seconds.append(alone_R * fragment.seconds[i])
-            sizes.append(alone_R * fragment.num_bytes[i])
-            shares.append(fragment.shares[i])
-            place(len(operations) - 1, np.array([rank]), fell)
-        finish[n][rank] = max((finish[j][rank] for j in fragment.join), default=fell)
-    return assemble(operations, np.array(seconds), np.array(sizes), np.array(shares), np.array(start), np.array(finish))
-
-
-def assemble(
-    operations: list[Operation | Choice], seconds_NR: Floats, bytes_NR: Floats, shares_NX: Floats,
-    start_NR: Floats, finish_NR: Floats,
-) -> Played:  # fmt: skip
-    """A played step from the rows of its operations."""
-    parts = part_names(operations)
-    costs = Costs(seconds_NR, bytes_NR, shares_NX)
-    return Played(tuple(operations), costs, start_NR, finish_NR, parts, part_indices(operations, parts))
 
 
 def account(played: Played) -> tuple[Floats, Floats]:
@@ -126,9 +77,5 @@ def account(played: Played) -> tuple[Floats, Floats]:
     """
     num_ranks = played.start_NR.shape[1]
     exposed_XR, idle_R = np.zeros((len(played.parts), num_ranks)), np.zeros(num_ranks)
-    part_N, start_NR, finish_NR = played.part_N, played.start_NR, played.finish_NR
-    if (part_N < 0).any():  # fragments stand at the end: take operations as they started
-        order = np.argsort(start_NR.max(axis=1), kind="stable")
-        part_N, start_NR, finish_NR = part_N[order], start_NR[order], finish_NR[order]
-    _account(part_N, start_NR, finish_NR, played.seconds, exposed_XR, idle_R)
+    _account(played.part_N, played.start_NR, played.finish_NR, played.seconds, exposed_XR, idle_R)
     return exposed_XR, idle_R

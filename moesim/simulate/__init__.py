@@ -1,6 +1,6 @@
 """Simulate: play every iteration on a SimPy clock.
 
-Where nothing races (no shared resource, no choice, no timeline wanted) an iteration is one event whose length is the
+Where nothing races (no shared resource, no timeline wanted) an iteration is one event whose length is the
 array walk of its program; otherwise each operation of each rank is an event.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import simpy
 
+from moesim.offload.run import OffloadedRun
 from moesim.program.iterations import Iterations
 from moesim.program.walk import walk
 from moesim.results import Result
@@ -29,17 +30,23 @@ def simulate(scenario: Scenario, bound: str = "value", timeline: int = 0) -> Res
     env = simpy.Environment()
     iterations = Iterations(scenario, bound, is_played=True)
     tally = Tally(iterations, "simulate", timeline)
-    env.process(_drive(env, iterations, tally, timeline))
+    offloaded = OffloadedRun(iterations) if scenario.is_offloaded else None
+    env.process(_drive(env, iterations, offloaded, tally, timeline))
     env.run()
-    return tally.result()
+    return tally.result(offloaded.metrics() if offloaded else {})
 
 
-def _drive(env: simpy.Environment, iterations: Iterations, tally: Tally, timeline: int) -> Generator[Any, Any, None]:
+def _drive(
+    env: simpy.Environment, iterations: Iterations, offloaded: OffloadedRun | None, tally: Tally, timeline: int
+) -> Generator[Any, Any, None]:
     """The scheduler of a closed batch: one iteration after another."""
     seen = {"prefill": 0, "decode": 0}
     for iteration in iterations:
         start_s = env.now
-        if iteration.program.is_static and seen[iteration.phase] >= timeline:
+        if offloaded is not None:
+            played = offloaded.play(iteration)
+            yield env.timeout(played.seconds)
+        elif iteration.program.is_static and seen[iteration.phase] >= timeline:
             played = walk(iteration.program, iteration.costs)
             yield env.timeout(played.seconds)
         else:

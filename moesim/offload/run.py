@@ -1,0 +1,116 @@
+"""A scenario whose experts do not fit: its policies, its store and its clock, over the iterations of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.costs.operators import Operators
+from moesim.offload.prices import Prices, host_of
+from moesim.offload.steps import OffloadedSteps, Routing
+from moesim.offload.store import ExpertStore
+from moesim.policies.cache import CACHES
+from moesim.policies.executor import EXECUTORS
+from moesim.policies.predictor import PREDICTORS
+from moesim.policies.prefetch import PREFETCHERS
+from moesim.policies.view import View
+from moesim.program.batch import Batch
+from moesim.program.iterations import Iteration, Iterations
+from moesim.program.operation import Played
+from moesim.routing.trace import RoutingTrace
+
+_BEHIND = 1e-3
+"""Worth of a guess that is behind the k first ones, in guesses that are among them."""
+
+
+class OffloadedRun:
+    """The iterations of one scenario, played one after another."""
+
+    def __init__(self, iterations: Iterations) -> None:
+        s, self._iterations = iterations.scenario, iterations
+        self._trace, policies = s.trace, s.policies
+        L, E = len(s.model.moe_layers), s.model.experts.num_experts
+        view = View(L, E, s.model.experts.top_k)
+        cache, predictor = CACHES[policies.cache](), PREDICTORS[policies.predictor]()
+        future_SLE = self._future_SLE() if cache.needs_future or predictor.needs_future else None
+        used_SLE = future_SLE > 0 if future_SLE is not None and cache.needs_future else None
+        slots = L * int(np.ceil(E * policies.device_expert_fraction))
+        history_LE = self._history_LE() if cache.needs_history else None
+        store = ExpertStore(view, slots, cache, used_SLE, history_LE)
+        executor = EXECUTORS[policies.executor]()
+        host = host_of(s.cluster, executor.numa_aware)
+        self.prices = Prices(s.model, s.cluster, iterations.operators(iterations.bound), host)
+        self.steps = OffloadedSteps(
+            store, self.prices, executor, PREFETCHERS[policies.prefetch](),
+            predictor.start(view, future_SLE, s.stream("predictor")), s.model.moe_layers,
+        )  # fmt: skip
+        self._host_operators = Operators(host, iterations.bound) if executor.whole_layers and host else None
+        self._num_steps = 0
+
+    def play(self, iteration: Iteration) -> Played:
+        """The next iteration."""
+        self._num_steps += 1
+        assert iteration.counts is not None
+        load_LE = iteration.counts.load_LRS[:, 0, :].astype(np.int64)
+        routing = routing_of(self._trace, iteration.batch, load_LE)
+        on_host, operators = None, self._host_operators
+        if operators is not None:
+            forward, bound = self._iterations.forward, self._iterations.bound
+            on_host = forward.price([(iteration.batch, None)], bound, lambda _: operators)
+        return self.steps.play(iteration.program, iteration.costs, routing, on_host)
+
+    def metrics(self) -> Mapping[str, float]:
+        """What the run says of experts."""
+        uses, store = self.steps.store.uses, self.steps.store
+        total, busy = max(uses.total, 1), self.steps.busy_s
+        elapsed_s = max(self.steps.now_s, 1e-30)
+        found = {
+            "expert_hit_rate": uses.hit_rate,
+            "cached_expert_fraction": uses.cached / total,
+            "prefetched_expert_fraction": uses.prefetched / total,
+            "late_expert_fraction": uses.late / total,
+            "prefetched_experts_per_iteration": store.num_prefetched / max(self._num_steps, 1),
+            "host_link_busy_fraction": busy.get("h2d", 0.0) / elapsed_s,
+            "device_busy_fraction": busy.get("compute", 0.0) / elapsed_s,
+        }
+        if "cpu" in busy:
+            found["cpu_busy_fraction"] = busy["cpu"] / elapsed_s
+        return found
+
+    def _future_SLE(self) -> NDArray[np.int32]:
+        """Tokens of each expert in each iteration, for oracles only."""
+        it, ids_TLK, E = self._iterations, self._trace.expert_ids_TLK, self._trace.num_experts
+        batches = [*it.prefill_batches(), *it.decode_batches()]
+        future_SLE = np.zeros((len(batches), ids_TLK.shape[1], E), np.int32)
+        for s, batch in enumerate(batches):
+            place_BLK = ids_TLK[batch.rows_B] + E * np.arange(ids_TLK.shape[1])[:, None]
+            future_SLE[s] = np.bincount(place_BLK.ravel(), minlength=future_SLE[s].size).reshape(future_SLE[s].shape)
+        return future_SLE
+
+    def _history_LE(self) -> NDArray[np.int64]:
+        """Uses in the requests that are not replayed."""
+        ids_TLK, E = self._trace.expert_ids_TLK[self._iterations.replay.history], self._trace.num_experts
+        return np.stack([np.bincount(ids_TLK[:, layer].ravel(), minlength=E) for layer in range(ids_TLK.shape[1])])
+
+
+def routing_of(trace: RoutingTrace, batch: Batch, load_LE: NDArray[np.int64]) -> Routing:
+    """What the routers of a batch chose, scored, and guessed."""
+    rows, (L, E) = batch.rows_B, load_LE.shape
+    if trace.scores_TLE is not None:
+        scores_LE = trace.scores_TLE[rows].sum(axis=0, dtype=np.float64)
+    elif trace.weights_TLK is not None:
+        place_BLK = trace.expert_ids_TLK[rows] + E * np.arange(L)[:, None]
+        scores_LE = np.bincount(place_BLK.ravel(), trace.weights_TLK[rows].ravel(), L * E).reshape(L, E)
+    else:
+        scores_LE = load_LE.astype(np.float64)
+    guessed: list[NDArray[np.float64]] = []
+    for ids_TLW in trace.predicted_HTLW:
+        ids_BLW = ids_TLW[rows]
+        weight_W = np.where(np.arange(ids_BLW.shape[2]) < trace.top_k, 1.0, _BEHIND)
+        place_BLW = ids_BLW + E * np.arange(ids_BLW.shape[1])[:, None]
+        weights = np.broadcast_to(weight_W, ids_BLW.shape).ravel()
+        counted = np.bincount(place_BLW.ravel(), weights, ids_BLW.shape[1] * E)
+        guessed.append(np.asarray(counted.reshape(-1, E), np.float64))
+    return Routing(load_LE, scores_LE, guessed, int(batch.members.request_Q[0]), batch.phase == "prefill")

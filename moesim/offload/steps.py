@@ -1,0 +1,295 @@
+"""Steps of a model whose experts do not fit: each is played over the units of one machine.
+
+All that does not depend on where experts are comes priced, as a program of the model's forward pass. Its operations run
+on the GPU one after the other. When a layer's router has chosen, the executor plans who computes each expert, missing
+ones that the GPU is to compute are queued for the link, and the prefetcher says what else should travel, behind them.
+The next layer begins when all of this layer's experts are done, but for those that the executor defers to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.offload.prices import Prices
+from moesim.offload.store import ExpertStore
+from moesim.offload.timeline import Task, Timeline
+from moesim.policies.executor import CPU, GPU, Plan, Work
+from moesim.policies.prefetch import Outlook
+from moesim.policies.view import Ids, View
+from moesim.program.operation import Costs, Operation, Played, Program, part_indices, part_names
+
+Floats = NDArray[np.float64]
+
+HOST_MEMORY = "host memory"
+PIECES = 8
+"""Parts of an expert after which a copy that is not urgent gives way."""
+
+
+def _places(copy: Task) -> tuple[int, ...]:
+    """What a copy brings."""
+    assert isinstance(copy.tag, tuple)
+    return copy.tag
+
+
+class _Piece(NamedTuple):
+    layer: int
+    task: Task
+    shares_X: Floats
+    after: Sequence[Task]
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """What the routers of one step chose.
+
+    load_LE: tokens of each expert. scores_LE: see `View.scores_E`. guessed_HLE: see `View.guessed`, of each layer.
+    """
+
+    load_LE: NDArray[np.int64]
+    scores_LE: Floats
+    guessed: Sequence[Floats] = ()
+    request: int = 0
+    is_prefill: bool = False
+
+
+class OffloadedSteps:
+    """One run: the store, the clock, and the policies' states go from step to step.
+
+    Args:
+        layer_names: index in the model of each MoE layer.
+        executor, prefetcher: policies; predictor: the decision object of one run.
+    """
+
+    def __init__(
+        self, store: ExpertStore, prices: Prices, executor: Any, prefetcher: Any, predictor: Any,
+        layers: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.store, self.prices, self._layers = store, prices, tuple(layers)
+        self._executor, self._prefetcher, self._predictor = executor, prefetcher, predictor
+        self._clock = Timeline({HOST_MEMORY: prices.host_bytes_per_s}, self._ended)
+        self._piece_s = prices.copy_s / PIECES if prefetcher.preempts else 0.0
+        self._layer_s, self._layer_began_s = 0.0, 0.0
+        self._slotless = frozenset(i for i, slots in zip(layers, store.slots_L, strict=True) if not slots)
+        self._deferred: list[Task] = []
+        self._done: list[_Piece] = []
+
+    @property
+    def view(self) -> View:
+        """What policies see."""
+        return self.store.view
+
+    @property
+    def now_s(self) -> float:
+        """Seconds since the run began."""
+        return self._clock.now_s
+
+    @property
+    def busy_s(self) -> dict[str, float]:
+        """Seconds that each unit has worked in."""
+        return self._clock.busy_s
+
+    def play(self, program: Program, costs: Costs, routing: Routing, on_host: Costs | None = None) -> Played:
+        """Play one step; where `program` has an operation "experts", whatever the layer's experts need.
+
+        on_host: costs on the CPU, which computes layers without a slot on the device then.
+        """
+        began_s, view = self._clock.now_s, self.view
+        view.step += 1
+        view.layer, view.request, view.is_prefill = -1, routing.request, routing.is_prefill
+        view.predicted_LE[:] = 0.0
+        self._predictor.begin(view)
+        self._done = [piece for piece in self._done if not piece.task.is_done]
+        ends: list[list[Task]] = []
+        for n, op in enumerate(program.operations):
+            after = [task for a in op.after for task in ends[a]]
+            if op.name == "experts":
+                router = next(a for a in op.after if program.operations[a].name == "router")
+                ends.append(self._layer(view.layer + 1, routing, ends[router], after))
+                continue
+            here, unit = costs, op.resource
+            if on_host is not None and op.layer in self._slotless:
+                here, unit = on_host, "cpu"
+            task = Task(op.name, unit, float(here.seconds_NR[n, 0]), num_bytes=float(here.bytes_NR[n, 0]))
+            self._add(op.layer, task, here.shares_NX[n], after)
+            ends.append([task])
+        self._clock.run([*(task for tasks in ends[-1:] for task in tasks), *self._deferred])
+        self._deferred = []
+        self._clock.run([piece.task for piece in self._done if piece.task.name != "prefetch"])
+        self._close()
+        return self._played(began_s)
+
+    def _add(self, layer: int, task: Task, shares_X: Floats, after: Sequence[Task]) -> Task:
+        self._done.append(_Piece(layer, task, shares_X, after))
+        return self._clock.submit(task, after)
+
+    def _piece(
+        self, name: str, layer: int, unit: str, seconds: float, shares_X: Floats, after: Sequence[Task] = (),
+        **more: Any,
+    ) -> Task:  # fmt: skip
+        return self._add(self._layers[layer], Task(name, unit, seconds, **more), shares_X, after)
+
+    def _layer(self, layer: int, routing: Routing, router: list[Task], after: list[Task]) -> list[Task]:
+        """One layer's experts, from the moment when its router is done; what the next layer waits for."""
+        clock, view, store = self._clock, self.view, self.store
+        now_s = clock.run(router)
+        if view.layer >= 0:
+            self._close()
+        self._layer_s, self._layer_began_s = now_s - self._layer_began_s if layer else self._layer_s, now_s
+        load_E = routing.load_LE[layer]
+        (ids,) = load_E.nonzero()
+        ids = ids[self.prices.bytes_E[ids] > 0]
+        ids = ids[np.argsort(-load_E[ids], kind="stable")]
+        view.layer, view.ids, view.load = layer, ids, load_E[ids]
+        view.scores_E = routing.scores_LE[layer]
+        view.guessed = [guessed_LE[layer] for guessed_LE in routing.guessed if layer < len(guessed_LE)]
+        self._predictor.look(view)
+        store.used()
+        places = layer * view.num_experts + ids
+        is_here_N, is_coming_N = store.count(places)
+        plan = self._executor.plan(self._work(is_here_N, is_coming_N))
+        ends = self._compute(layer, plan, is_here_N, is_coming_N, places)
+        self._send_ahead()
+        return [*after, *ends]
+
+    def _work(self, is_here_N: NDArray[np.bool_], is_coming_N: NDArray[np.bool_]) -> Work:
+        view, prices, clock = self.view, self.prices, self._clock
+        return Work(
+            view.ids, view.load, is_here_N, is_coming_N, prices.gpu_s(view.ids, view.load),
+            prices.cpu_s(view.ids, view.load), np.full(len(view.ids), np.inf), prices.copy_s, prices.cold_s,
+            clock.queued_s("compute"), clock.left_s("cpu"), clock.left_s("h2d"),
+        )  # fmt: skip
+
+    def _compute(
+        self, layer: int, plan: Plan, is_here_N: NDArray[np.bool_], is_coming_N: NDArray[np.bool_], places: Ids
+    ) -> list[Task]:
+        """Queue the layer's copies and computations; what the next layer waits for."""
+        view, prices, store = self.view, self.prices, self.store
+        ends, self._deferred = self._deferred, []
+        gpu_s = prices.gpu_s(view.ids, view.load)
+        on_gpu_N = plan.unit_N == GPU
+        if (is_here_N & on_gpu_N).any():
+            seconds = float(gpu_s[is_here_N & on_gpu_N].sum()) + prices.launch_s
+            ends.append(self._piece("experts", layer, "compute", seconds, prices.gpu_shares_X))
+        on_cpu = np.flatnonzero(plan.unit_N == CPU)
+        if len(on_cpu):
+            ends += self._on_cpu(layer, on_cpu, plan.deferred)
+        copies: dict[int, Task] = {}
+        kept = store.make_room([int(places[n]) for n in plan.copies])
+        for i, n in enumerate(plan.copies):
+            copies[n] = self._copy("expert_copies", [int(places[n])], 0.0)
+            if i < kept:
+                store.send([int(places[n])], copies[n], is_early=False)
+        for n in np.flatnonzero(on_gpu_N & ~is_here_N).tolist():
+            place = int(places[n])
+            if is_coming_N[n]:
+                copies[n] = store.coming.get(place) or store.stages[place]
+                self._clock.urge(copies[n], 0.0)
+            ends.append(
+                self._piece(
+                    "experts", layer, "compute", float(gpu_s[n]) + prices.launch_s, prices.gpu_shares_X, [copies[n]]
+                )
+            )
+        return ends
+
+    def _on_cpu(self, layer: int, on_cpu: Ids, deferred: frozenset[int]) -> list[Task]:
+        """One burst of experts on the CPU, and one of those that are deferred."""
+        view, prices = self.view, self.prices
+        cpu_s = prices.cpu_s(view.ids, view.load)
+        ends: list[Task] = []
+        cold_s = prices.cold_s + prices.hop_s
+        for later in (False, True):
+            mine = [n for n in on_cpu.tolist() if (n in deferred) == later]
+            if not mine:
+                continue
+            seconds, num_bytes = float(cpu_s[mine].sum()) + cold_s, float(prices.bytes_E[view.ids[mine]].sum())
+            task = self._piece(
+                "cpu_experts", layer, "cpu", seconds, prices.cpu_shares_X, memory=HOST_MEMORY,
+                demand=num_bytes / seconds, num_bytes=num_bytes,
+            )  # fmt: skip
+            (self._deferred if later else ends).append(task)
+            cold_s = 0.0
+        return ends
+
+    def _copy(self, name: str, places: Sequence[int], priority: float) -> Task:
+        """Experts of one layer over the host link."""
+        prices, (layer, expert) = self.prices, divmod(places[0], self.view.num_experts)
+        num_bytes = float(prices.bytes_E[expert])
+        if len(places) > 1:
+            num_bytes = float(prices.bytes_E[np.asarray(places) % self.view.num_experts].sum())
+        return self._piece(
+            name, layer, "h2d", prices.start_s + num_bytes / prices.copy_bytes_per_s, prices.copy_shares_X,
+            priority=priority, memory=HOST_MEMORY, demand=prices.copy_bytes_per_s,
+            piece_s=self._piece_s if priority else 0.0, num_bytes=num_bytes, tag=tuple(places),
+        )  # fmt: skip
+
+    def _send_ahead(self) -> None:
+        """Queue what the prefetcher chooses, and give up what waits and is not chosen again."""
+        store, clock, prefetcher = self.store, self._clock, self._prefetcher
+        outlook = Outlook(self.prices, self._layer_s, clock.queued_s("h2d"))
+        chosen = list(prefetcher.choose(self.view, outlook))
+        if store.coming or store.stages:
+            self._give_up(set(chosen))
+        fresh = [p for p in chosen if not self.view.held_P[p] and p not in store.stages]
+        fresh = [p for p in fresh if self.prices.bytes_E[p % self.view.num_experts]]
+        if prefetcher.stages:
+            for place in fresh[: prefetcher.stages - len(store.stages)]:
+                store.stage(place, self._copy("prefetch", [place], 1.0))
+            return
+        E = self.view.num_experts
+        by_layer: dict[int, list[int]] = {}
+        for place in fresh:
+            by_layer.setdefault(place // E, []).append(place)
+        kept: set[int] = set()
+        for places in by_layer.values():
+            kept.update(places[: store.make_room(places, chosen)])
+        if prefetcher.bulk:
+            sent = [[p for p in places if p in kept] for places in by_layer.values()]
+        else:
+            sent = [[p] for p in fresh if p in kept]
+        for rank, places in enumerate(sent, 1):
+            if places:
+                store.send(places, self._copy("prefetch", places, float(rank)), is_early=True)
+
+    def _give_up(self, wanted: set[int]) -> None:
+        """Take copies out of the queue that nobody has begun or wants any longer."""
+        gone = self._clock.withdraw("h2d", lambda task: task.priority == 0 or not wanted.isdisjoint(_places(task)))
+        if gone:
+            self._done = [piece for piece in self._done if piece.task not in gone]
+            self.store.give_up([place for task in gone for place in _places(task)])
+
+    def _close(self) -> None:
+        """The layer is over: what it needed may leave; experts in buffers move to slots or are dropped."""
+        store, view = self.store, self.view
+        if store.stages:
+            first = view.layer * view.num_experts
+            needed = set((first + view.ids).tolist())
+            for place in [p for p in store.stages if p < first + view.num_experts]:
+                del store.stages[place]
+                if place in needed:
+                    store.make_room([place])
+        store.release()
+
+    def _ended(self, task: Task) -> None:
+        if task.unit == "h2d":
+            self.store.arrived(_places(task))
+
+    def _played(self, began_s: float) -> Played:
+        """What happened since `began_s`, with what still runs cut off at the end."""
+        now_s = self._clock.now_s
+        kept = sorted((p for p in self._done if p.task.start_s <= now_s), key=lambda piece: piece.task.start_s)
+        number = {id(piece.task): n for n, piece in enumerate(kept)}
+        operations = tuple(
+            Operation(task.name, layer, task.unit, "rank", tuple(number[id(a)] for a in after if id(a) in number))
+            for layer, task, _, after in kept
+        )
+        start_N1 = np.array([[max(piece.task.start_s, began_s) - began_s] for piece in kept])
+        finish_N1 = np.array([[min(piece.task.finish_s, now_s) - began_s] for piece in kept])
+        bytes_N1 = np.array([[piece.task.num_bytes if piece.task.is_done else 0.0] for piece in kept])
+        costs = Costs(finish_N1 - start_N1, bytes_N1, np.stack([piece.shares_X for piece in kept]))
+        parts = part_names(operations)
+        return Played(operations, costs, start_N1, finish_N1, parts, part_indices(operations, parts))

@@ -1,0 +1,45 @@
+"""Systems of the literature as sets of policies: `policies = "NAME"`.
+
+What a system does besides (kernels, quantization, batching) is not in its name: give `dtypes`, the workload, and the
+share of experts on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+SYSTEMS: Mapping[str, Mapping[str, str]] = {
+    # On demand, with the guesses of the next layer's gate: arXiv 2312.17238.
+    "mixtral_offloading": {"cache": "lru", "predictor": "next_layer_gate", "prefetch": "speculative"},
+    # DAC 2025, arXiv 2504.05897.
+    "hybrimoe": {"cache": "mrs", "predictor": "next_layer_gate", "prefetch": "impact", "executor": "hybrimoe"},
+    # arXiv 2401.14361.
+    "moe_infinity": {"cache": "activation_aware", "predictor": "eam_match", "prefetch": "by_activity"},
+    # EuroSys 2026, arXiv 2502.05370.
+    "finemoe": {"cache": "probability_frequency", "predictor": "map_search", "prefetch": "threshold"},
+    # ISCA 2024, arXiv 2308.12066; and what it is compared with.
+    "pre_gated_moe": {"cache": "lru", "predictor": "pre_gate", "prefetch": "next_layer"},
+    "on_demand": {"cache": "lru"},
+    "prefetch_all": {"cache": "ring", "prefetch": "whole_layer"},
+    # DAC 2026, arXiv 2410.17954.
+    "expertflow": {"cache": "plec", "predictor": "whole_path", "prefetch": "by_activity"},
+    # arXiv 2502.12224.
+    "fate": {"cache": "shallow_first", "predictor": "next_layer_gate", "prefetch": "widened"},
+    # ICCAD 2024, arXiv 2408.10284.
+    "adapmoe": {"cache": "slots_by_loads", "predictor": "next_layer_gate", "prefetch": "look_further"},
+    # arXiv 2205.10034.
+    "se_moe": {"cache": "ring", "prefetch": "whole_ring"},
+    # arXiv 2303.06182: expert buffering.
+    "expert_buffering": {"cache": "lifo_inactive_first"},
+    # NeurIPS 2024, arXiv 2410.19123: the router runs before the model, so the future of what is queued is known.
+    "read_me": {"cache": "oracle_belady", "predictor": "pre_gate", "prefetch": "next_layer"},
+    # ICLR 2025, arXiv 2402.07033.
+    "fiddler": {"cache": "popular", "executor": "fiddler"},
+    # SOSP 2025.
+    "ktransformers": {"cache": "popular", "executor": "ktransformers"},
+    "ktransformers_deferred": {"cache": "popular", "executor": "ktransformers_deferred"},
+    # Experts of the last layers on the CPU (--n-cpu-moe), or these layers whole (--n-gpu-layers).
+    "llama_cpp_experts": {"cache": "whole_layers", "executor": "cpu_only"},
+    "llama_cpp_layers": {"cache": "whole_layers", "executor": "cpu_layers"},
+}
+"""Name -> kind of policy -> its name; kinds that are not named keep their defaults."""

@@ -1,0 +1,304 @@
+"""Experts that do not fit: the clock, the published examples, and what holds for every policy of each kind."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import small_scenario
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesim.estimate import estimate
+from moesim.offload.run import OffloadedRun
+from moesim.offload.store import ExpertStore
+from moesim.offload.timeline import Task, Timeline
+from moesim.policies import SYSTEMS
+from moesim.policies.cache import CACHES, SlotsByLoads
+from moesim.policies.executor import CPU, EXECUTORS, GPU, Work, savings, schedule
+from moesim.policies.predictor import PREDICTORS
+from moesim.policies.prefetch import PREFETCHERS
+from moesim.policies.view import View
+from moesim.program.iterations import Iterations
+from moesim.routing.reuse import belady_hits_LC, lru_hits_LC
+from moesim.routing.synthetic import zipf_trace
+from moesim.simulate import simulate
+
+few = settings(max_examples=15, deadline=None)
+
+
+def offloaded(fraction=0.5, seed=0, requests=1, outputs=12, heads=8, **policies):
+    return small_scenario(
+        per_node=1, spread=False, fraction=fraction, seed=seed, requests=requests, outputs=outputs, layers=4,
+        heads=heads, policies=policies,
+    )  # fmt: skip
+
+
+def played(scenario):
+    iterations = Iterations(scenario)
+    run = OffloadedRun(iterations)
+    return run, [run.play(iteration) for iteration in iterations]
+
+
+# The clock
+
+
+def test_a_unit_takes_one_task_at_a_time_in_the_order_of_priority():
+    clock = Timeline()
+    first, later, urgent = (Task(n, "gpu", 2.0, priority) for n, priority in (("a", 1), ("b", 1), ("c", 0)))
+    other = Task("d", "cpu", 1.0)
+    for task in (first, later, urgent, other):
+        clock.submit(task)
+    clock.drain()
+    assert [first.finish_s, urgent.finish_s, later.finish_s, other.finish_s] == [2, 4, 6, 1]
+    assert clock.busy_s == {"gpu": 6.0, "cpu": 1.0}
+
+
+def test_a_task_waits_for_others_and_for_nobody_that_is_done():
+    clock = Timeline()
+    copy = clock.submit(Task("copy", "link", 3.0))
+    run = clock.submit(Task("run", "gpu", 1.0), [copy])
+    assert clock.run([run]) == 4.0
+    assert clock.submit(Task("again", "gpu", 1.0), [copy, run]).start_s == 4.0
+    with pytest.raises(RuntimeError, match="never submitted"):
+        clock.run([clock.submit(Task("stuck", "gpu", 1.0), [Task("lost", "gpu", 1.0)])])
+
+
+def test_readers_of_one_memory_slow_each_other_down_fairly():
+    """10 bytes a second: the link wants 6, the CPU 8; each gets 5 until the CPU is done."""
+    clock = Timeline({"dram": 10.0})
+    link = clock.submit(Task("copy", "link", 10.0, memory="dram", demand=6.0))
+    cpu = clock.submit(Task("experts", "cpu", 5.0, memory="dram", demand=8.0))
+    clock.drain()
+    assert cpu.finish_s == pytest.approx(8.0)  # 40 bytes at 5
+    assert link.finish_s == pytest.approx(8 + 20 / 6)  # 40 of its 60 bytes were moved by then
+    small = clock.submit(Task("copy", "link", 1.0, memory="dram", demand=2.0))
+    large = clock.submit(Task("experts", "cpu", 1.0, memory="dram", demand=16.0))
+    begun = clock.now_s
+    clock.drain()
+    assert small.finish_s - begun == pytest.approx(1.0)  # less than its share: not slowed down
+    assert large.finish_s - begun == pytest.approx(1 + (16 - 8) / 10)
+
+
+def test_an_urgent_copy_waits_for_the_piece_that_is_on_its_way():
+    clock = Timeline()
+    early = clock.submit(Task("prefetch", "link", 8.0, 1.0, piece_s=2.0))
+    gpu = clock.submit(Task("router", "gpu", 3.0))
+    clock.run([gpu])
+    urgent = clock.submit(Task("miss", "link", 1.0, 0.0))
+    clock.drain()
+    assert (urgent.start_s, urgent.finish_s, early.finish_s) == (4.0, 5.0, 9.0)
+    whole = clock.submit(Task("prefetch", "link", 8.0, 1.0))
+    after = clock.submit(Task("miss", "link", 1.0, 0.0))
+    clock.drain()
+    assert after.start_s == whole.finish_s, "what has no pieces is not interrupted"
+
+
+def test_what_waits_can_be_urged_and_withdrawn():
+    clock = Timeline()
+    clock.submit(Task("now", "link", 1.0))
+    a, b, c = (clock.submit(Task(n, "link", 1.0, 5.0)) for n in "abc")
+    clock.urge(c, 0.0)
+    assert clock.withdraw("link", lambda task: task is not a) == [a]
+    clock.drain()
+    assert (c.finish_s, b.finish_s) == (2.0, 3.0) and not a.is_done
+
+
+# Published examples
+
+
+def work(here_gpu, here_cpu, away_cpu, copy_s, gpu_free_s=0.0):
+    """Experts on the device with their seconds on both units, then missing ones (1 on the GPU), most tokens first."""
+    is_here_N = np.array([True] * len(here_gpu) + [False] * len(away_cpu))
+    gpu_N = np.array([*here_gpu, *[1.0] * len(away_cpu)])
+    return is_here_N, gpu_N, np.array([*here_cpu, *away_cpu], float), copy_s, 0.0, gpu_free_s, 0.0, 0.0
+
+
+def test_hybrimoe_figure_5():
+    """Shared expert on the GPU; D (4 tokens), E (1) there; A, B (1), C (3) missing; a copy takes 3."""
+    unit_N, copied_N, seconds = schedule(*work([1.0, 1.0], [4.0, 1.0], [3.0, 1.0, 1.0], 3.0, gpu_free_s=1.0))
+    assert seconds == 4.0
+    assert unit_N[2] == GPU and copied_N[2] == 0.0, "C is copied and runs on the GPU"
+    assert unit_N[0] == GPU and unit_N[3] == unit_N[4] == CPU and np.isinf(copied_N[[0, 1, 3, 4]]).all()
+
+
+@few
+@given(st.data())
+def test_the_play_ahead_is_never_longer_than_without_help(data):
+    n, m = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 4))
+    times = st.floats(0.1, 9.0)
+    here, away = ([data.draw(times) for _ in range(k)] for k in (n, m))
+    args = work([1.0] * n, here, sorted(away, reverse=True), data.draw(times))
+    unit_N, copied_N, seconds = schedule(*args)
+    assert (unit_N >= 0).all() and (np.isinf(copied_N) | (unit_N == GPU)).all()
+    assert seconds <= max(float(n), sum(away)) + 1e-9, "GPU has what is there, the CPU the rest"
+    assert (savings(*args) <= seconds + 1e-9).all()
+
+
+def test_adapmoe_gives_slots_where_guesses_are_worst():
+    view = View(32, 8, 2)
+    policy = SlotsByLoads()
+    slots_L = policy.slots_L(64, view)
+    assert slots_L.sum() == 64 and slots_L[0] == slots_L.max() and slots_L[1] > slots_L[30]
+
+    def loads(chosen_L):
+        return sum(policy.loads_T(layer, 8, 2)[t] for layer, t in enumerate(chosen_L))
+
+    assert loads(slots_L) < loads(np.full(32, 2))
+    for one in range(0, 32, 5):  # no exchange of one slot is better
+        for other in range(32):
+            if slots_L[one] < 8 and slots_L[other] > 0 and one != other:
+                moved = slots_L.copy()
+                moved[one] += 1
+                moved[other] -= 1
+                assert loads(moved) >= loads(slots_L) - 1e-12
+
+
+# Every policy of each kind
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.6])
+def test_a_cache_never_has_more_than_its_room_and_every_use_is_counted(cache, fraction):
+    scenario = offloaded(fraction, cache=cache, prefetch="by_activity", predictor="oracle_stated", outputs=20)
+    iterations = Iterations(scenario)
+    run = OffloadedRun(iterations)
+    needed, store = 0, run.steps.store
+    for iteration in iterations:
+        run.play(iteration)
+        needed += int((iteration.counts.load_LRS[:, 0] > 0).sum())
+        assert store.num_held <= store.slots_L.sum() <= 3 * np.ceil(8 * fraction)
+        if CACHES[cache].scope == "layer":
+            assert (store.view.held_P.reshape(3, 8).sum(axis=1) <= store.slots_L).all()
+    assert store.uses.total == needed
+
+
+@pytest.mark.parametrize("cache", [name for name, policy in CACHES.items() if not policy.needs_future])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_oracle_of_its_scope_is_never_beaten(cache, seed):
+    """Without prefetching, one token a step, from the same start."""
+    oracle = "oracle_belady" if CACHES[cache].scope == "layer" else "oracle_belady_device"
+
+    def misses(name):
+        run, _ = played(offloaded(0.5, seed=seed, cache=name, outputs=60, requests=2))
+        return run.steps.store.uses.missed
+
+    assert misses(oracle) <= misses(cache)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_hits_are_those_of_the_one_pass_over_all_sizes(top_k):
+    """One request, each layer with slots of its own: MIN as in `routing.reuse`, and LRU where ties cannot be."""
+    trace = zipf_trace(3, 8, top_k, num_requests=1, prompt_tokens=1, output_tokens=300, seed=3)
+    used_SLE = np.zeros((301, 3, 8), np.bool_)
+    used_SLE[np.arange(301)[:, None, None], np.arange(3)[None, :, None], trace.expert_ids_TLK] = True
+    for name, hits_LC in (("oracle_belady", belady_hits_LC(trace)), ("lru", lru_hits_LC(trace))):
+        for slots in range(top_k, 8):
+            view = View(3, 8, top_k)
+            store = ExpertStore(view, 3 * slots, CACHES[name](), used_SLE)
+            for held in np.flatnonzero(view.held_P):  # begin empty
+                store._drop(int(held))
+            for view.step in range(301):
+                for view.layer in range(3):
+                    (view.ids,) = used_SLE[view.step, view.layer].nonzero()
+                    view.load = np.ones(len(view.ids), np.int64)
+                    store.used()
+                    places = view.layer * 8 + view.ids
+                    here_N, _ = store.count(places)
+                    store.make_room(places[~here_N].tolist())
+                    store.release()
+            if name == "oracle_belady" or top_k == 1:
+                assert store.uses.cached == hits_LC[:, slots].sum()
+            else:
+                assert store.uses.cached == pytest.approx(hits_LC[:, slots].sum(), abs=15)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_runs_with_causes_before_effects(system):
+    scenario = offloaded(0.5, seed=1, requests=2, **SYSTEMS[system])
+    assert scenario.mistakes() == []
+    run, steps = played(scenario)
+    for step in steps:
+        assert (step.start_NR <= step.finish_NR).all() and (step.finish_NR <= step.seconds).all()
+        for op, start in zip(step.operations, step.start_NR[:, 0], strict=True):
+            assert all(step.finish_NR[a, 0] <= start + 1e-12 for a in op.after)
+        for unit in ("compute", "cpu", "h2d"):
+            mine = [n for n, op in enumerate(step.operations) if op.resource == unit]
+            spans = step.finish_NR[mine, 0] - step.start_NR[mine, 0]
+            if not PREFETCHERS[scenario.policies.prefetch].preempts or unit != "h2d":
+                assert spans.sum() <= step.seconds * (1 + 1e-9), "a unit works on one thing at a time"
+    assert simulate(scenario).metrics == estimate(scenario).metrics
+    assert run.steps.store.uses.total > 0
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_miss_is_never_free(executor):
+    """With nobody to guess, whatever is missing is copied or computed elsewhere, and the step is longer for it."""
+    away = offloaded(0.0, executor=executor)
+    run, steps = played(away)
+    store, prices = run.steps.store, run.prices
+    assert store.uses.missed == store.uses.total
+    copied = sum(
+        step.costs.bytes_NR[n, 0] for step in steps for n, op in enumerate(step.operations) if op.resource == "h2d"
+    )
+    computed = sum(
+        step.costs.bytes_NR[n, 0] for step in steps for n, op in enumerate(step.operations) if op.name == "cpu_experts"
+    )
+    assert copied + computed == pytest.approx(store.uses.missed * prices.bytes_E[0])
+    here = dataclasses.replace(away, policies=dataclasses.replace(away.policies, device_expert_fraction=1.0))
+    assert sum(step.seconds for step in steps) > estimate(here).metrics["e2e_s"]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_executor_gives_every_expert_one_unit_and_copies_what_the_gpu_lacks(executor):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        n = int(rng.integers(1, 8))
+        load = np.sort(rng.integers(1, 9, n))[::-1].astype(np.int64)
+        here = rng.random(n) < 0.4
+        job = Work(
+            np.arange(n), load, here, ~here & (rng.random(n) < 0.2), 0.2 + 0 * load, 0.5 * load, np.full(n, np.inf),
+            float(rng.random() * 3),
+        )  # fmt: skip
+        plan = EXECUTORS[executor]().plan(job)
+        needs_copy = (plan.unit_N == GPU) & ~(job.is_here | job.is_coming)
+        assert sorted(plan.copies) == np.flatnonzero(needs_copy).tolist()
+        assert set(plan.unit_N) <= {GPU, CPU} and (plan.unit_N[job.is_coming] == GPU).all()
+        assert all(plan.unit_N[i] == CPU for i in plan.deferred)
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize("cache", ["lru", "mrs", "activation_aware", "arc"])
+def test_a_policy_cannot_see_the_future(predictor, cache):
+    """Changing what the last step routes to changes nothing before it, whatever the trace's end."""
+    scenario = offloaded(0.5, outputs=8, cache=cache, predictor=predictor, prefetch="next_layer")
+    trace = scenario.trace
+    row = np.flatnonzero(trace.is_decode_T)[scenario.workload.output_tokens - 2]  # the last that is replayed
+    other_ids, other_predicted = trace.expert_ids_TLK.copy(), trace.predicted_HTLW[0].copy()
+    other_ids[row] = (other_ids[row] + 1) % trace.num_experts
+    other_predicted[row] = (other_predicted[row] + 1) % trace.num_experts
+    changed = dataclasses.replace(
+        scenario, trace=dataclasses.replace(trace, expert_ids_TLK=other_ids, predicted_HTLW=(other_predicted,))
+    )
+    assert estimate(scenario).step_s[:-1] == estimate(changed).step_s[:-1]
+
+
+def test_better_guesses_never_take_longer_where_the_link_has_time():
+    """With computation that hides every copy, an oracle makes all experts ready, and no guess misses all."""
+    slow = offloaded(0.5, heads=4096, cache="lru", prefetch="next_layer", predictor="oracle", outputs=20)
+    seconds = {}
+    for name in ("oracle", "oracle_stated", "none"):
+        policies = dataclasses.replace(
+            slow.policies, predictor=name, prefetch="none" if name == "none" else "next_layer"
+        )
+        _, steps = played(dataclasses.replace(slow, policies=policies))
+        seconds[name] = sum(step.seconds for step in steps[1:])
+    assert seconds["oracle"] < seconds["oracle_stated"] < seconds["none"]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_all_experts_on_the_device_is_the_floor(system):
+    scenario = offloaded(0.5, **SYSTEMS[system])
+    whole = dataclasses.replace(scenario, policies=dataclasses.replace(scenario.policies, device_expert_fraction=1.0))
+    assert estimate(scenario).metrics["tpot_s"] >= estimate(whole).metrics["tpot_s"] * (1 - 1e-9)
