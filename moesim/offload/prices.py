@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +29,6 @@ def host_of(cluster: Cluster, numa_aware: bool = True) -> Device | None:
     memory = replace(host.memory, bytes_per_s=host.memory.bytes_per_s * factor)
     peaks = {dtype: peak * sockets for dtype, peak in host.flops_per_s.items()}
     return replace(host, memory=memory, flops_per_s=peaks)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Seconds by kind of expert and tokens, [W, N], as far as they have been asked for; shares of their sources."""
-
-    seconds_WN: Floats
-    shares_X: Floats
 
 
 class Prices:
@@ -70,58 +62,44 @@ class Prices:
         if cluster.host is not None:
             whole = host_of(cluster) or cluster.host
             self.host_bytes_per_s = whole.memory.bytes_per_s * compute.efficiency(whole, "memory", bound)
-        self._gpu = self._cpu = Table(np.zeros((len(self._params_W), 0)), np.zeros(len(SOURCES)))
-        self._reads_WN = self._gpu.seconds_WN
+        self._gpu_WN = self._cpu_WN = np.zeros((len(self._params_W), 0))
+        self.gpu_shares_X = self.cpu_shares_X = np.zeros(len(SOURCES))
         self.hop_s = 2 * cluster.host_link.latency_s if cluster.host is not None else 0.0
-
-    @property
-    def gpu_shares_X(self) -> Floats:
-        """What the GPU's seconds rest on."""
-        return self._gpu.shares_X
-
-    @property
-    def cpu_shares_X(self) -> Floats:
-        """What the CPU's seconds rest on."""
-        return self._cpu.shares_X
-
-    def copy_seconds(self, expert: int) -> float:
-        """A copy of one expert to the device."""
-        return self.start_s + float(self.bytes_E[expert]) / self.copy_bytes_per_s
 
     def gpu_s(self, ids: Ids, load: Ids) -> Floats:
         """Of each expert on the GPU, without the launches."""
-        if len(load) and load.max() >= self._gpu.seconds_WN.shape[1]:
-            self._gpu = self._gpu_table(_wider(load))
-        return np.asarray(self._gpu.seconds_WN[self._kind_E[ids], load])
+        if len(load) and load.max() >= self._gpu_WN.shape[1]:
+            self._price_gpu(_wider(load))
+        return np.asarray(self._gpu_WN[self._kind_E[ids], load])
 
     def cpu_s(self, ids: Ids, load: Ids) -> Floats:
         """Of each expert on the CPU, infinite where there is none; `cold_s` comes on top, once for a burst."""
         if self._host is None:
             return np.full(len(load), np.inf)
-        if len(load) and load.max() >= self._cpu.seconds_WN.shape[1]:
-            self._cpu = self._cpu_table(self._host, _wider(load))
-        return np.asarray(self._cpu.seconds_WN[self._kind_E[ids], load])
+        if len(load) and load.max() >= self._cpu_WN.shape[1]:
+            self._price_cpu(self._host, _wider(load))
+        return np.asarray(self._cpu_WN[self._kind_E[ids], load])
 
-    def _gpu_table(self, size: int) -> Table:
+    def _price_gpu(self, size: int) -> None:
         m, load_N11 = self._model, np.arange(size, dtype=np.int32).reshape(-1, 1, 1)
-        rows, shares_X = [], np.zeros(len(SOURCES))
+        rows = []
         for params in self._params_W:
-            timed = self._ops.experts(
-                load_N11, np.full(load_N11.shape, params), m.experts, m.hidden_size, m.dtypes.experts
-            )
+            params_N11 = np.full(load_N11.shape, params)
+            timed = self._ops.experts(load_N11, params_N11, m.experts, m.hidden_size, m.dtypes.experts)
             rows.append(np.maximum(timed.seconds[:, 0] - self.launch_s, 0.0) if params else np.zeros(size))
-            shares_X = timed.shares_X
-        return Table(np.stack(rows), shares_X)
+            self.gpu_shares_X = timed.shares_X
+        self._gpu_WN = np.stack(rows)
 
-    def _cpu_table(self, host: Device, size: int) -> Table:
+    def _price_cpu(self, host: Device, size: int) -> None:
         m, load_N11 = self._model, np.arange(size, dtype=np.int32).reshape(-1, 1, 1)
-        rows = [
-            compute.experts_s(load_N11, params, m.hidden_size, host, m.dtypes.experts, self._ops.bound)[:, 0]
-            for params in self._params_W
-        ]
-        shares_X = np.zeros(len(SOURCES))
-        shares_X[compute.source(host, "grouped_gemm", "memory")] = 1.0
-        return Table(np.stack(rows), shares_X)
+        self._cpu_WN = np.stack(
+            [
+                compute.experts_s(load_N11, params, m.hidden_size, host, m.dtypes.experts, self._ops.bound)[:, 0]
+                for params in self._params_W
+            ]
+        )
+        self.cpu_shares_X = np.zeros(len(SOURCES))
+        self.cpu_shares_X[compute.source(host, "grouped_gemm", "memory")] = 1.0
 
 
 def _wider(load: Ids) -> int:

@@ -9,20 +9,16 @@ from numpy.typing import NDArray
 
 from moesim.costs.operators import Operators
 from moesim.offload.prices import Prices, host_of
-from moesim.offload.steps import OffloadedSteps, Routing
+from moesim.offload.routing import counted_LE, routing_of
+from moesim.offload.steps import OffloadedSteps
 from moesim.offload.store import ExpertStore
 from moesim.policies.cache import CACHES
 from moesim.policies.executor import EXECUTORS
 from moesim.policies.predictor import PREDICTORS
 from moesim.policies.prefetch import PREFETCHERS
 from moesim.policies.view import View
-from moesim.program.batch import Batch
 from moesim.program.iterations import Iteration, Iterations
 from moesim.program.operation import Played
-from moesim.routing.trace import RoutingTrace
-
-_BEHIND = 1e-3
-"""Worth of a guess that is behind the k first ones, in guesses that are among them."""
 
 
 class OffloadedRun:
@@ -54,7 +50,8 @@ class OffloadedRun:
         self._num_steps += 1
         assert iteration.counts is not None
         load_LE = iteration.counts.load_LRS[:, 0, :].astype(np.int64)
-        routing = routing_of(self._trace, iteration.batch, load_LE)
+        batch, is_prefill = iteration.batch, iteration.phase == "prefill"
+        routing = routing_of(self._trace, batch.rows_B, load_LE, int(batch.members.request_Q[0]), is_prefill)
         on_host, operators = None, self._host_operators
         if operators is not None:
             forward, bound = self._iterations.forward, self._iterations.bound
@@ -83,34 +80,8 @@ class OffloadedRun:
         """Tokens of each expert in each iteration, for oracles only."""
         it, ids_TLK, E = self._iterations, self._trace.expert_ids_TLK, self._trace.num_experts
         batches = [*it.prefill_batches(), *it.decode_batches()]
-        future_SLE = np.zeros((len(batches), ids_TLK.shape[1], E), np.int32)
-        for s, batch in enumerate(batches):
-            place_BLK = ids_TLK[batch.rows_B] + E * np.arange(ids_TLK.shape[1])[:, None]
-            future_SLE[s] = np.bincount(place_BLK.ravel(), minlength=future_SLE[s].size).reshape(future_SLE[s].shape)
-        return future_SLE
+        return np.stack([counted_LE(ids_TLK[batch.rows_B], E) for batch in batches]).astype(np.int32)
 
     def _history_LE(self) -> NDArray[np.int64]:
         """Uses in the requests that are not replayed."""
-        ids_TLK, E = self._trace.expert_ids_TLK[self._iterations.replay.history], self._trace.num_experts
-        return np.stack([np.bincount(ids_TLK[:, layer].ravel(), minlength=E) for layer in range(ids_TLK.shape[1])])
-
-
-def routing_of(trace: RoutingTrace, batch: Batch, load_LE: NDArray[np.int64]) -> Routing:
-    """What the routers of a batch chose, scored, and guessed."""
-    rows, (L, E) = batch.rows_B, load_LE.shape
-    if trace.scores_TLE is not None:
-        scores_LE = trace.scores_TLE[rows].sum(axis=0, dtype=np.float64)
-    elif trace.weights_TLK is not None:
-        place_BLK = trace.expert_ids_TLK[rows] + E * np.arange(L)[:, None]
-        scores_LE = np.bincount(place_BLK.ravel(), trace.weights_TLK[rows].ravel(), L * E).reshape(L, E)
-    else:
-        scores_LE = load_LE.astype(np.float64)
-    guessed: list[NDArray[np.float64]] = []
-    for ids_TLW in trace.predicted_HTLW:
-        ids_BLW = ids_TLW[rows]
-        weight_W = np.where(np.arange(ids_BLW.shape[2]) < trace.top_k, 1.0, _BEHIND)
-        place_BLW = ids_BLW + E * np.arange(ids_BLW.shape[1])[:, None]
-        weights = np.broadcast_to(weight_W, ids_BLW.shape).ravel()
-        counted = np.bincount(place_BLW.ravel(), weights, ids_BLW.shape[1] * E)
-        guessed.append(np.asarray(counted.reshape(-1, E), np.float64))
-    return Routing(load_LE, scores_LE, guessed, int(batch.members.request_Q[0]), batch.phase == "prefill")
+        return counted_LE(self._trace.expert_ids_TLK[self._iterations.replay.history], self._trace.num_experts)

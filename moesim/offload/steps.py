@@ -9,17 +9,16 @@ The next layer begins when all of this layer's experts are done, but for those t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.offload.prices import Prices
+from moesim.offload.routing import Routing
 from moesim.offload.store import ExpertStore
 from moesim.offload.timeline import Task, Timeline
 from moesim.policies.executor import CPU, GPU, Plan, Work
-from moesim.policies.prefetch import Outlook
+from moesim.policies.prefetch import Outlook, Prices
 from moesim.policies.view import Ids, View
 from moesim.program.operation import Costs, Operation, Played, Program, part_indices, part_names
 
@@ -36,25 +35,39 @@ def _places(copy: Task) -> tuple[int, ...]:
     return copy.tag
 
 
+class ExpertPrices(Prices, Protocol):
+    """Seconds of experts on each unit, and bytes.
+
+    bytes_E: of the weights of each expert of a layer. start_s: of a copy, before the first byte; copy_s: of a whole
+    expert. launch_s: of experts that the GPU computes together; cold_s, hop_s: to start the CPU on a burst, and for the
+    tokens to travel there and back. host_bytes_per_s: what host memory has for everybody.
+    """
+
+    @property
+    def bytes_E(self) -> Floats: ...  # noqa: D102
+    @property
+    def start_s(self) -> float: ...  # noqa: D102
+    @property
+    def copy_bytes_per_s(self) -> float: ...  # noqa: D102
+    @property
+    def launch_s(self) -> float: ...  # noqa: D102
+    @property
+    def hop_s(self) -> float: ...  # noqa: D102
+    @property
+    def host_bytes_per_s(self) -> float: ...  # noqa: D102
+    @property
+    def gpu_shares_X(self) -> Floats: ...  # noqa: D102
+    @property
+    def cpu_shares_X(self) -> Floats: ...  # noqa: D102
+    @property
+    def copy_shares_X(self) -> Floats: ...  # noqa: D102
+
+
 class _Piece(NamedTuple):
     layer: int
     task: Task
     shares_X: Floats
     after: Sequence[Task]
-
-
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """What the routers of one step chose.
-
-    load_LE: tokens of each expert. scores_LE: see `View.scores_E`. guessed_HLE: see `View.guessed`, of each layer.
-    """
-
-    load_LE: NDArray[np.int64]
-    scores_LE: Floats
-    guessed: Sequence[Floats] = ()
-    request: int = 0
-    is_prefill: bool = False
 
 
 class OffloadedSteps:
@@ -66,7 +79,7 @@ class OffloadedSteps:
     """
 
     def __init__(
-        self, store: ExpertStore, prices: Prices, executor: Any, prefetcher: Any, predictor: Any,
+        self, store: ExpertStore, prices: ExpertPrices, executor: Any, prefetcher: Any, predictor: Any,
         layers: Sequence[int],
     ) -> None:  # fmt: skip
         self.store, self.prices, self._layers = store, prices, tuple(layers)

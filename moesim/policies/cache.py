@@ -71,6 +71,13 @@ class LRU(_PerLayer):
         return _LRU()
 
 
+@dataclass(frozen=True)
+class LRUDevice(LRU):
+    """The same with slots that all layers share. Source: the caches of Pre-gated MoE (arXiv 2308.12066), figure 15."""
+
+    scope: ClassVar[str] = "device"
+
+
 class _LRU(_Idle):
     def worth(self, places: Ids, view: View) -> Floats:
         return view.last_use_LE.ravel()[places].astype(np.float64)
@@ -478,6 +485,7 @@ class _Belady(_Idle):
 
 CACHES: Mapping[str, type[Any]] = {
     "lru": LRU,
+    "lru_device": LRUDevice,
     "lfu": LFU,
     "lifo_inactive_first": LIFO,
     "arc": ARC,

@@ -20,8 +20,13 @@ from moesim.policies.view import Floats, Ids, View
 class Prices(Protocol):
     """Seconds of experts by their tokens."""
 
-    copy_s: float
-    cold_s: float
+    @property
+    def copy_s(self) -> float:
+        """Of a copy of one expert to the device."""
+
+    @property
+    def cold_s(self) -> float:
+        """Of the start of a burst on the CPU."""
 
     def gpu_s(self, ids: Ids, load: Ids) -> Floats:
         """Of each on the GPU."""

@@ -18,7 +18,7 @@ SYSTEMS: Mapping[str, Mapping[str, str]] = {
     # EuroSys 2026, arXiv 2502.05370.
     "finemoe": {"cache": "probability_frequency", "predictor": "map_search", "prefetch": "threshold"},
     # ISCA 2024, arXiv 2308.12066; and what it is compared with.
-    "pre_gated_moe": {"cache": "lru", "predictor": "pre_gate", "prefetch": "next_layer"},
+    "pre_gated_moe": {"cache": "lru_device", "predictor": "pre_gate", "prefetch": "next_layer"},
     "on_demand": {"cache": "lru"},
     "prefetch_all": {"cache": "ring", "prefetch": "whole_layer"},
     # DAC 2026, arXiv 2410.17954.

@@ -1,0 +1,58 @@
+"""What the routers of one step chose, from rows of a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.routing.trace import RoutingTrace
+
+Floats = NDArray[np.float64]
+
+_BEHIND = 1e-3
+"""Worth of a guess that is behind the k first ones, in guesses that are among them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """What the routers of one step chose.
+
+    load_LE: tokens of each expert. scores_LE: see `View.scores_E`. guessed: see `View.guessed`, [L - h, E] each.
+    """
+
+    load_LE: NDArray[np.int64]
+    scores_LE: Floats
+    guessed: Sequence[Floats] = ()
+    request: int = 0
+    is_prefill: bool = False
+
+
+def counted_LE(ids_TLK: NDArray[np.unsignedinteger], num_experts: int, weights: Floats | None = None) -> NDArray[Any]:
+    """How often each expert of each layer was named, or with what weight in all, [L, E]."""
+    num_layers = ids_TLK.shape[1]
+    place_TLK = ids_TLK + num_experts * np.arange(num_layers)[:, None]
+    flat = None if weights is None else weights.ravel()
+    return np.bincount(place_TLK.ravel(), flat, num_layers * num_experts).reshape(num_layers, num_experts)
+
+
+def routing_of(
+    trace: RoutingTrace, rows: NDArray[np.int64], load_LE: NDArray[np.int64], request: int = 0, is_prefill: bool = False
+) -> Routing:
+    """What the routers of the tokens in those rows chose, scored, and guessed."""
+    E = trace.num_experts
+    if trace.scores_TLE is not None:
+        scores_LE = trace.scores_TLE[rows].sum(axis=0, dtype=np.float64)
+    elif trace.weights_TLK is not None:
+        scores_LE = counted_LE(trace.expert_ids_TLK[rows], E, trace.weights_TLK[rows].astype(np.float64))
+    else:
+        scores_LE = load_LE.astype(np.float64)
+    guessed: list[Floats] = []
+    for ids_TLW in trace.predicted_HTLW:
+        ids_BLW = ids_TLW[rows]
+        weight_W = np.where(np.arange(ids_BLW.shape[2]) < trace.top_k, 1.0, _BEHIND)
+        guessed.append(counted_LE(ids_BLW, E, np.broadcast_to(weight_W, ids_BLW.shape)))
+    return Routing(load_LE, scores_LE, guessed, request, is_prefill)
