@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
+from moesim.files.imports import import_routing
 from moesim.files.keys import nearest
+from moesim.routing.trace import RoutingTrace
 
 VERDICTS = ("agrees", "differs", "untestable")
 SECTIONS: Mapping[str, str] = {
@@ -31,6 +34,9 @@ SECTIONS: Mapping[str, str] = {
 """Start of a paragraph of a study's docstring -> what it is called here. All are needed; "Slow" may stand beside."""
 SLOW = "Slow"
 NOT_AT_HAND = "the paper's value is not at hand"
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+"""Public captures, where they lie beside the project; studies do without where they do not."""
 
 _BOUNDS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
@@ -239,3 +245,12 @@ def studies_json(judged: Sequence[Judged]) -> dict[str, Any]:
         "studies": [found.as_json() for found in judged],
         "totals": {"claims": len(claims), **totals, "changed": changed},
     }
+
+
+def public_trace(*paths: str) -> RoutingTrace | None:
+    """A public capture of single tokens in `DATA`, files of one format; None where it is not there."""
+    if not all((DATA / path).is_file() for path in paths):
+        return None
+    trace = import_routing([DATA / path for path in paths])
+    assert isinstance(trace, RoutingTrace)
+    return trace

@@ -104,7 +104,7 @@ class Replayed:
 
 def replay(
     trace: RoutingTrace, rows: Sequence[Ids], times: UnitTimes, slots: int, policies: PolicySet | None = None, *,
-    layer_s: float = 0.0, shared_s: float = 0.0, step_s: float = 0.0, num_prefills: int = 0,
+    layer_s: float = 0.0, shared_s: float = 0.0, step_s: float = 0.0, is_prefill_S: Sequence[bool] = (),
     history: Ids | None = None, seed: int = 0, keep: int = 0,
 ) -> Replayed:  # fmt: skip
     """Replay steps of a trace.
@@ -114,7 +114,7 @@ def replay(
         slots: experts that fit on the device, over all layers.
         layer_s: GPU work of each layer before its router has chosen; shared_s: after it, beside the experts.
         step_s: GPU work of each step behind the last layer.
-        num_prefills: so many of the steps, from the first on, compute prompts.
+        is_prefill_S: which steps compute prompts; none where nothing is said.
         history: rows of requests that are known beforehand.
         keep: steps that are kept as they ran.
     """
@@ -146,7 +146,9 @@ def replay(
     costs = Costs(np.array([*seconds, step_s]).reshape(shape), np.zeros(shape), np.zeros((shape[0], len(SOURCES))))
     found, kept = [], []
     for s, (row, load_LE) in enumerate(zip(rows, loads, strict=True)):
-        routing = routing_of(trace, row, load_LE, int(trace.request_T[row[0]]), s < num_prefills)
+        routing = routing_of(
+            trace, row, load_LE, int(trace.request_T[row[0]]), s < len(is_prefill_S) and is_prefill_S[s]
+        )
         played = steps.play(program, costs, routing)
         found.append(played.seconds)
         if s < keep:

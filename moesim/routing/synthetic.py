@@ -99,3 +99,40 @@ def even_trace(
         predicted_HTLW=(),
         provenance={"source": f"numpy default_rng, seed {seed}"},
     )
+
+
+def sticky_trace(
+    num_layers: int, num_experts: int, top_k: int, *, stickiness: float, num_tokens: int, seed: int = 0
+) -> RoutingTrace:
+    """One answer in which each of a token's experts is, with probability `stickiness`, one that the token before it
+    chose, and else any other expert, all alike: a first-order Markov chain in each layer.
+
+    Raises:
+        ValueError: `stickiness` is not in 0..1.
+    """
+    if not 0 <= stickiness <= 1:
+        raise ValueError(f"stickiness must be in 0..1, given {stickiness}")
+    rng = np.random.default_rng(seed)
+    shape = num_tokens, num_layers, top_k
+    ids_TLK = np.empty(shape, np.uint8 if num_experts <= 256 else np.uint16)
+    ids_TLK[0] = rng.random((num_layers, num_experts)).argpartition(top_k - 1, axis=1)[:, :top_k]
+    for token in range(1, num_tokens):
+        keeps_LK = rng.random((num_layers, top_k)) < stickiness
+        chance_LE = rng.random((num_layers, num_experts))
+        before_LK = ids_TLK[token - 1].astype(np.int64)
+        kept_LK = np.where(keeps_LK, -1.0, np.take_along_axis(chance_LE, before_LK, axis=1))
+        np.put_along_axis(chance_LE, before_LK, kept_LK, axis=1)  # what is kept comes first, the rest by chance
+        ids_TLK[token] = chance_LE.argpartition(top_k - 1, axis=1)[:, :top_k]
+    return RoutingTrace(
+        name=f"sticky-{num_layers}x{num_experts}",
+        model=f"none: stickiness {stickiness:g}",
+        origin="synthetic",
+        num_experts=num_experts,
+        expert_ids_TLK=ids_TLK,
+        request_T=np.zeros(num_tokens, np.int32),
+        position_T=np.arange(num_tokens, dtype=np.int32),
+        is_decode_T=np.ones(num_tokens, np.bool_),
+        token_id_T=None,
+        layers=tuple(range(num_layers)),
+        provenance={"source": f"numpy default_rng, seed {seed}"},
+    )
