@@ -92,7 +92,7 @@ def claims() -> list[Claim]:
     absent = "" if requests() else ABSENT
     narrow = (
         absent
-        or "the captured tasks are narrow: two thirds of the experts, which fit, hold 19 of 20 uses; the paper's 290 "
+        or "the captured tasks are narrow: an LRU of the two thirds of experts that fit hits 5 of 6 uses; the paper's 290 "
     )
     narrow += "" if absent else "tasks spread wider"
     rate = absent or "as if its copies ran at 16 of 24 GB/s: what the framework does between copies is not modelled"
