@@ -39,7 +39,7 @@ class MemoryTier:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, NPU, CPU socket, disk or memory expander.
+    """A GPU, NPU, CPU socket, disk, memory expander, or a near-data unit: logic beside a memory that it reads.
 
     Attributes:
         flops_per_s: dense peak by arithmetic format ("bf16", "fp8", "int8", ...); empty where a device only
@@ -47,6 +47,7 @@ class Device:
         launch_s: time to start one kernel that follows another in a stream (or a captured graph).
         efficiency: achieved fraction by kind of work: "gemm", "grouped_gemm", "attention", "memory",
             "network".
+        energy_j: "byte": joules of reading one from this memory, to where it is computed with; "flop": of one there.
         sources: for each group of numbers, "datasheet: ...", "measured: ..." or "assumed: ...".
     """
 
@@ -57,6 +58,7 @@ class Device:
     launch_s: float = 0.0
     power_w: float = 0.0
     efficiency: Mapping[str, Efficiency] = field(default_factory=dict)
+    energy_j: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -82,6 +84,7 @@ class Cluster:
             has the attribute `link`, a `Link`.
         host: the CPU socket type, or None for a bare device.
         num_hosts: sockets per node.
+        near: logic beside a memory: the device's own, or, where experts are offloaded, the one that holds them.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Cluster:
     topology: nx.Graph
     host: Device | None = None
     num_hosts: int = 0
+    near: Device | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property

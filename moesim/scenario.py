@@ -62,8 +62,9 @@ class Scenario:
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether some experts live in host memory."""
-        return self.policies.device_expert_fraction < 1
+        """Whether some experts live in host memory, or are computed beside the device's own."""
+        executor = EXECUTORS.get(self.policies.executor)
+        return self.policies.device_expert_fraction < 1 or getattr(executor, "needs", "") == "near"
 
     @property
     def needs_history(self) -> bool:
@@ -170,6 +171,11 @@ class Scenario:
         host, unit = self.cluster.host, getattr(EXECUTORS.get(policies.executor), "needs", "")
         if unit == "cpu" and (host is None or not host.flops_per_s):
             found.append(f"policies.executor: {policies.executor!r} needs a CPU, which {self.cluster.name!r} has not")
+        if unit == "near" and self.cluster.near is None:
+            found.append(
+                f"policies.executor: {policies.executor!r} needs a near-data unit; {self.cluster.name!r} has none; "
+                'use a machine with one, such as "duplex-x1" or "monde-a100"'
+            )
         return found
 
     def _network_mistakes(self) -> list[str]:

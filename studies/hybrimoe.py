@@ -1,21 +1,22 @@
 """HybriMoE (arXiv 2504.05897): GPU, CPU and link played ahead, prefetch by impact, cache by score.
 
-Question: what do the three parts bring over computing all misses on the CPU, and does a cache by router scores hit more
-than LRU?
+Question: what do the three parts bring over computing all misses on the CPU, and does a cache by router scores hit
+more than LRU?
 
-Setting: Qwen2-57B-A14B in 4 bits, a quarter of the experts on an RTX A6000, ten cores of a Xeon Gold 5220R. Its platform
-has PCIe 3.0, three quarters of which is 12 GB/s; the CPU takes 0.9 ms for an expert and 0.1 ms more for each token, as
-the order of the paper's figure 3 has it; a CPU that is cold takes 0.3 ms longer, which is assumed. What remains of a
-layer (framework, attention) is the constant that gives the published time between tokens of kTransformers. Routing:
-the packaged trace of a small trained model of Qwen2's routing shape (64 experts, top-8), its 16 layers for 28; guesses
-are those of its routers, one layer ahead. Hit ratios of DeepSeek-V2-Lite: 800 tokens of a public capture of it
-(ESFT, intents), where that lies beside the project. The length of the ablation's prompts is not at hand: 256 tokens.
+Setting: Qwen2-57B-A14B in 4 bits, a quarter of the experts on an RTX A6000, ten cores of a Xeon Gold 5220R. Its
+platform has PCIe 3.0, three quarters of which is 12 GB/s; the CPU takes 0.9 ms for an expert and 0.1 ms more for each
+token, as the order of the paper's figure 3 has it; a CPU that is cold takes 0.3 ms longer, which is assumed. What
+remains of a layer (framework, attention) is the constant that gives the published time between tokens of
+kTransformers. Routing: the packaged trace of a small trained model of Qwen2's routing shape (64 experts, top-8), its
+16 layers for 28; guesses are those of its routers, one layer ahead. Hit ratios of DeepSeek-V2-Lite: 800 tokens of a
+public capture of it (ESFT, intents), where that lies beside the project. The length of the ablation's prompts is not
+at hand: 256 tokens.
 
 Lever: executor, prefetcher, cache, each alone and together, over kTransformers.
 
 Expected before the first run: decoding gains of each part within a fifth, the schedule bringing most. Prefill only
-roughly: its length is not known. The cache by scores gains less here than published, since the traces hold the scores of
-the chosen experts only, and it lives from those that were nearly chosen.
+roughly: its length is not known. The cache by scores gains less here than published, since the traces hold the scores
+of the chosen experts only, and it lives from those that were nearly chosen.
 
 Cannot speak about: the bars of figures 7 and 8, which have no printed values; Mixtral's routing, of which no trace is
 public.

@@ -2,11 +2,11 @@
 
 Question: what do a small cache and one-layer guesses bring to Mixtral-8x7B on GPUs that cannot hold it?
 
-Setting: one request; experts of 2 bits (2.6 in effect, 57 MB) in host memory, 2 of 8 of each layer on the RTX 3060 and
-4 on the others. The naive row (all experts of a layer copied) gives each link's bytes a second, the row without cache
-and guesses the fixed part of a token. Routing is made up: no trace of Mixtral is public. Its stickiness is what gives
-an LRU of 2 of 8 the hit ratio that HybriMoE (arXiv 2504.05897) reports, 30.2 %; guesses are as right, layer by layer,
-as AdapMoE (arXiv 2408.10284) measured.
+Setting: one request; experts of 2 bits (2.6 in effect, 57 MB) in host memory, 2 of 8 of each layer on the RTX 3060
+and 4 on the others. The naive row (all experts of a layer copied) gives each link's bytes a second, the row without
+cache and guesses the fixed part of a token. Routing is made up: no trace of Mixtral is public. Its stickiness is what
+gives an LRU of 2 of 8 the hit ratio that HybriMoE (arXiv 2504.05897) reports, 30.2 %; guesses are as right, layer by
+layer, as AdapMoE (arXiv 2408.10284) measured.
 
 Lever: LRU; LRU and guesses; on four GPUs.
 

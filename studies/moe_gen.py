@@ -1,18 +1,19 @@
 """MoE-Gen (arXiv 2503.09716): a batch for each module, so that every pass over the weights serves all of host memory.
 
-Question: how many tokens a second does Mixtral-8x7B generate on one RTX A5000 whose weights are all in host memory, by
-how batches are made?
+Question: how many tokens a second does Mixtral-8x7B generate on one RTX A5000 whose weights are all in host memory,
+by how batches are made?
 
 Setting: 24 GB/s to the host (three quarters of PCIe 4.0), 512 GB of it, of which 94 GB are weights; prompts of 512
-tokens, answers of 256 or 1024; decoding alone counts, as in the table. The share of attention on the CPU is the paper's
-best, 60 %; balance at it gives the rate at which its CPU attends. Batches of the systems that it is compared with are
-limited by their implementations: one cell of each (answers of 256) gives its sequences, the other one is predicted.
+tokens, answers of 256 or 1024; decoding alone counts, as in the table. The share of attention on the CPU is the
+paper's best, 60 %; balance at it gives the rate at which its CPU attends. Batches of the systems that it is compared
+with are limited by their implementations: one cell of each (answers of 256) gives its sequences, the other one is
+predicted.
 
-Lever: model-level batching (DeepSpeed, FlexGen, MoE-Lightning), continuous batching (vLLM), module-level batching with
-attention on the GPU (G) or shared with the CPU (H).
+Lever: model-level batching (DeepSpeed, FlexGen, MoE-Lightning), continuous batching (vLLM), module-level batching
+with attention on the GPU (G) or shared with the CPU (H).
 
-Expected before the first run: G and H from first principles within a fifth for answers of 256; for 1024 too, since caches
-fill the same memory. The others hardly change with the answer's length, but vLLM, whose sequences are halved.
+Expected before the first run: G and H from first principles within a fifth for answers of 256; for 1024 too, since
+caches fill the same memory. The others hardly change with the answer's length, but vLLM, whose sequences are halved.
 
 Cannot speak about: prefill, and the other three models, whose cells are not at hand: predictions below.
 """

@@ -2,18 +2,18 @@
 
 Question: how long does the GPU wait for experts when the whole request's activations say what comes next?
 
-Setting: DeepSeek-V2-Lite in 16 bits on one A5000: 24 GB/s to the host, as the paper says, and 19.5 GB for experts (24 GB
-less weights of everything else, and 1.9 GB). What the GPU computes in a token is the published time less its idle
-part, 104 ms; nothing is fitted. Routing: a public capture of the model (ESFT), where it lies beside the project; without
-it the study has nothing to say. A request is 512 tokens of one of three tasks as its prompt and the next 32 as its
-answer, tasks in turn; the capture is of prompts, so answers are read from those too.
+Setting: DeepSeek-V2-Lite in 16 bits on one A5000: 24 GB/s to the host, as the paper says, and 19.5 GB for experts (24
+GB less weights of everything else, and 1.9 GB). What the GPU computes in a token is the published time less its idle
+part, 104 ms; nothing is fitted. Routing: a public capture of the model (ESFT), where it lies beside the project;
+without it the study has nothing to say. A request is 512 tokens of one of three tasks as its prompt and the next 32
+as its answer, tasks in turn; the capture is of prompts, so answers are read from those too.
 
-Lever: what is prefetched and kept (MoE-Infinity; all experts of the next layer as DeepSpeed; LRU on demand); the size of
-the buffer, which long contexts leave.
+Lever: what is prefetched and kept (MoE-Infinity; all experts of the next layer as DeepSpeed; LRU on demand); the size
+of the buffer, which long contexts leave.
 
 Expected before the first run: the GPU waits for a few tens of milliseconds a token with MoE-Infinity, and for several
-hundreds where whole layers are streamed; on demand with 1 GB for experts costs what nearly all experts of a token take,
-112 ms.
+hundreds where whole layers are streamed; on demand with 1 GB for experts costs what nearly all experts of a token
+take, 112 ms.
 
 Cannot speak about: vLLM, Mixtral-Offloading, Ollama, whose times are those of their frameworks; Switch, NLLB, Arctic,
 for want of their routing.

@@ -3,16 +3,16 @@
 Question: how many tokens must be in a step for the GPU, not the link, to be the limit, how much cache memory do they
 need, and what is the bound on generated tokens a second?
 
-Setting: Mixtral-8x7B in 16 bits, 94 GB; A40 at 19.5 GB/s measured to the host (the counts of tokens are for 32 GB/s), 70
-or 210 GB of host memory for caches, 18,236 tokens in a step at most, as profiled. Sequences of 98 tokens and answers of
-32 to 256 (MTBench), or of 926 and 128 (RAG).
+Setting: Mixtral-8x7B in 16 bits, 94 GB; A40 at 19.5 GB/s measured to the host (the counts of tokens are for 32 GB/s),
+70 or 210 GB of host memory for caches, 18,236 tokens in a step at most, as profiled. Sequences of 98 tokens and
+answers of 32 to 256 (MTBench), or of 926 and 128 (RAG).
 
 Lever: prompts and answers in the same steps, attention on the CPU (MoE-Lens), against steps of answers alone
 (MoE-Lightning), with the same memory.
 
-Expected before the first run: counts of tokens and memory exactly, since they are formulas. The gain over MoE-Lightning
-less than the published mean of 4.6, which includes what its implementation loses; contention in host memory is missed,
-since link and CPU together ask for less than the measured bandwidth.
+Expected before the first run: counts of tokens and memory exactly, since they are formulas. The gain over
+MoE-Lightning less than the published mean of 4.6, which includes what its implementation loses; contention in host
+memory is missed, since link and CPU together ask for less than the measured bandwidth.
 
 Cannot speak about: absolute tokens a second, which the reference has not; models 8x22B and DBRX.
 """

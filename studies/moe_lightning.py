@@ -3,13 +3,13 @@
 Question: how do tokens a second grow with the length of answers when weights are streamed, and how much is lost to
 padding?
 
-Setting: Mixtral-8x7B in 16 bits on one T4 (S1), 12 GB/s to the host (three quarters of PCIe 3.0), 192 GB of host memory;
-MTBench: prompts of 77 tokens in the mean, of 418 padded. Two constants of the padded system, its sequences in a batch and
-the FLOP/s that its prefill reaches, follow from answers of 32 and of 128. Each other system has one of its own, its
-sequences, from answers of 128, where the paper's table 5 and the plot agree.
+Setting: Mixtral-8x7B in 16 bits on one T4 (S1), 12 GB/s to the host (three quarters of PCIe 3.0), 192 GB of host
+memory; MTBench: prompts of 77 tokens in the mean, of 418 padded. Two constants of the padded system, its sequences in
+a batch and the FLOP/s that its prefill reaches, follow from answers of 32 and of 128. Each other system has one of
+its own, its sequences, from answers of 128, where the paper's table 5 and the plot agree.
 
-Lever: FlexGen, FlexGen with attention on the CPU (c), DeepSpeed ZeRO-Inference, MoE-Lightning with padded prompts (p) and
-whole; answers of 32 to 256.
+Lever: FlexGen, FlexGen with attention on the CPU (c), DeepSpeed ZeRO-Inference, MoE-Lightning with padded prompts (p)
+and whole; answers of 32 to 256.
 
 Expected before the first run: both MoE-Lightnings within a fifth at the lengths that were not fitted. FlexGen and
 DeepSpeed grow with the answer's length here, as prefill is shared by more tokens; published values fall instead.

@@ -2,17 +2,17 @@
 
 Question: how much of the time of experts in host memory goes away when their choice is known one block earlier?
 
-Setting: Switch-Base and Switch-Large in 32 bits, top-1, one request, A100 with 32 GB/s to the host; no expert stays on
-the device. A block is a block with experts; computing one takes a time that is not at hand.
+Setting: Switch-Base and Switch-Large in 32 bits, top-1, one request, A100 with 32 GB/s to the host; no expert stays
+on the device. A block is a block with experts; computing one takes a time that is not at hand.
 
-Lever: experts copied when their block's router has chosen (on demand), one block earlier (pre-gated), or all experts of
-the next block (prefetch all, as SE-MoE); or everything on the GPU.
+Lever: experts copied when their block's router has chosen (on demand), one block earlier (pre-gated), or all experts
+of the next block (prefetch all, as SE-MoE); or everything on the GPU.
 
 Expected before the first run: one constant, the seconds of computation of a block of Switch-Large, follows from the
 ratio of on demand to pre-gated, and gives the tokens a second of all four within a tenth, since the transfer of one
 expert (33.6 MB, 1.05 ms) is longer than it and needs no constant. Switch-Base's blocks, whose computation is given by
-the speed of the GPU alone, then follow too; only the means over Base-8 to Large-128 may be off, as nobody says how they
-were taken.
+the speed of the GPU alone, then follow too; only the means over Base-8 to Large-128 may be off, as nobody says how
+they were taken.
 
 Cannot speak about: the encoder, whose tokens use many experts at once; accuracy; caches of experts and SSDs, of which
 the reference has the figures' numbers only.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import networkx as nx
 
 from moesim.hardware import Cluster, Device, Efficiency, Link, MemoryTier
@@ -60,7 +62,10 @@ def small_cluster(nodes=1, per_node=4, rate=1.0, latency=1.0) -> Cluster:
             graph.add_edge(f"n{n}/gpu{i}", f"n{n}/nvswitch0", link=Link(1e10 * rate, 1e-6 * latency))
             graph.add_edge(f"n{n}/gpu{i}", f"n{n}/host0", link=Link(2e9 * rate, 3e-6 * latency))
             graph.add_edge(f"n{n}/gpu{i}", f"leaf{i}", link=Link(1e9 * rate, 5e-6 * latency))
-    return Cluster("small", gpu, nodes, per_node, graph, gpu, 1)
+    near = replace(
+        gpu, name="near", kind="near_data", memory=MemoryTier(1e10, 2e11 * rate), flops_per_s={"bf16": 1e12 * rate}
+    )
+    return Cluster("small", gpu, nodes, per_node, graph, gpu, 1, near)
 
 
 def small_scenario(

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.estimate import estimate
+from moesim.files.hardware import load_device
 from moesim.offload.run import OffloadedRun
 from moesim.offload.store import ExpertStore
 from moesim.offload.timeline import Task, Timeline
 from moesim.policies import SYSTEMS
 from moesim.policies.cache import CACHES, SlotsByLoads
-from moesim.policies.executor import CPU, EXECUTORS, GPU, Work, savings, schedule
+from moesim.policies.executor import CPU, EXECUTORS, GPU, NEAR, HotCold, Work, look_up, savings, schedule
 from moesim.policies.predictor import PREDICTORS
 from moesim.policies.prefetch import PREFETCHERS
 from moesim.policies.view import View
@@ -243,7 +244,10 @@ def test_a_miss_is_never_free(executor):
         step.costs.bytes_NR[n, 0] for step in steps for n, op in enumerate(step.operations) if op.resource == "h2d"
     )
     computed = sum(
-        step.costs.bytes_NR[n, 0] for step in steps for n, op in enumerate(step.operations) if op.name == "cpu_experts"
+        step.costs.bytes_NR[n, 0]
+        for step in steps
+        for n, op in enumerate(step.operations)
+        if op.name in ("cpu_experts", "near_experts")
     )
     assert copied + computed == pytest.approx(store.uses.missed * prices.bytes_E[0])
     here = dataclasses.replace(away, policies=dataclasses.replace(away.policies, device_expert_fraction=1.0))
@@ -258,13 +262,13 @@ def test_an_executor_gives_every_expert_one_unit_and_copies_what_the_gpu_lacks(e
         load = np.sort(rng.integers(1, 9, n))[::-1].astype(np.int64)
         here = rng.random(n) < 0.4
         job = Work(
-            np.arange(n), load, here, ~here & (rng.random(n) < 0.2), 0.2 + 0 * load, 0.5 * load, np.full(n, np.inf),
+            np.arange(n), load, here, ~here & (rng.random(n) < 0.2), 0.2 + 0 * load, 0.5 * load, 0.4 * load,
             float(rng.random() * 3),
         )  # fmt: skip
         plan = EXECUTORS[executor]().plan(job)
         needs_copy = (plan.unit_N == GPU) & ~(job.is_here | job.is_coming)
         assert sorted(plan.copies) == np.flatnonzero(needs_copy).tolist()
-        assert set(plan.unit_N) <= {GPU, CPU} and (plan.unit_N[job.is_coming] == GPU).all()
+        assert set(plan.unit_N) <= {GPU, {"cpu": CPU, "near": NEAR}.get(EXECUTORS[executor].needs, GPU)}
         assert all(plan.unit_N[i] == CPU for i in plan.deferred)
 
 
@@ -302,3 +306,66 @@ def test_all_experts_on_the_device_is_the_floor(system):
     scenario = offloaded(0.5, **SYSTEMS[system])
     whole = dataclasses.replace(scenario, policies=dataclasses.replace(scenario.policies, device_expert_fraction=1.0))
     assert estimate(scenario).metrics["tpot_s"] >= estimate(whole).metrics["tpot_s"] * (1 - 1e-9)
+
+
+# Units beside the memory
+
+
+def two_lines(device, load, expert_bytes, flops_per_token):
+    return np.maximum(load * flops_per_token / device.flops_per_s["bf16"], expert_bytes / device.memory.bytes_per_s)
+
+
+def test_duplex_two_line_roofline():
+    """Mixtral on H100, experts dealt to 4 devices: 3.0 and 1.8 times as fast with 8 tokens an expert, 1.8 and 1.0 with
+    16; experts cut over the devices and shared out by look-up 2.3 with 16 (attention and projections included)."""
+    gpu, pim, bank = (load_device(name) for name in ("h100-sxm-80gb", "duplex-logic-pim", "duplex-bank-pim"))
+    params = 3 * 4096 * 14336
+    rest_s = (2 * 41.9e6 + 64 * 384 * 4096) / 4 / gpu.memory.bytes_per_s  # what stays on the GPU; caches move too
+
+    def rates(load, tp=1):
+        loads = np.full(8 if tp > 1 else 2, float(load))
+        times = [two_lines(d, loads, 2 * params / tp, 2 * params / tp) for d in (gpu, pim, bank)]
+        return times, [float(t.sum()) for t in times]
+
+    for load, wanted in ((8, (3.0, 1.8)), (16, (1.8, 1.0))):
+        _, (on_gpu, on_pim, on_bank) = rates(load)
+        assert (on_gpu + rest_s) / (on_pim + rest_s) == pytest.approx(wanted[0], rel=0.15)
+        assert (on_gpu + rest_s) / (on_bank + rest_s) == pytest.approx(wanted[1], rel=0.15)
+    (gpu_N, pim_N, _), (whole, _, _) = rates(16, tp=4)
+    is_near = look_up(gpu_N, pim_N)
+    both = max(gpu_N[~is_near].sum(), pim_N[is_near].sum())
+    assert (whole + rest_s) / (both + rest_s) == pytest.approx(2.3, rel=0.15)
+
+
+def test_monde_break_even():
+    """Beside the memory a Mixtral expert takes 0.69 ms up to 4 tokens; a copy 11 ms: as fast at about 64 tokens."""
+    monde, params = load_device("monde-ndp"), 3 * 4096 * 14336
+    seconds = two_lines(monde, np.arange(200.0), 2 * params, 2 * params)
+    assert seconds[1] == seconds[4] == pytest.approx(0.69e-3, rel=0.01) and seconds[5] > seconds[4]
+    copy_s = 2 * params / 32e9
+    assert copy_s == pytest.approx(11e-3, rel=0.01)
+    assert int(np.searchsorted(seconds, copy_s)) == pytest.approx(64, abs=1)
+
+
+@few
+@given(st.lists(st.floats(0.01, 5), min_size=1, max_size=7), st.floats(0.1, 9))
+def test_sharing_out_by_look_up_is_the_best_cut(gpu_s, factor):
+    """Among all cuts of the order of tokens, which is among all subsets where times grow alike."""
+    gpu_N = np.sort(np.array(gpu_s))[::-1]
+    near_N = gpu_N * factor
+    is_near = look_up(gpu_N, near_N)
+    found = max(gpu_N[~is_near].sum(), near_N[is_near].sum())
+    cuts = [max(gpu_N[:k].sum(), near_N[k:].sum()) for k in range(len(gpu_N) + 1)]
+    assert found == pytest.approx(min(cuts)) and found <= min(gpu_N.sum(), near_N.sum()) + 1e-12
+
+
+def test_hot_experts_are_copied_as_bandwidths_balance():
+    """Twelve experts bound by bandwidth on both sides, link and unit as 1 to 3: a quarter is copied."""
+    n = 12
+    work = Work(
+        np.arange(n), np.ones(n, np.int64), np.zeros(n, np.bool_), np.zeros(n, np.bool_), np.zeros(n), np.full(n, np.inf),
+        np.full(n, 1.0), 3.0,
+    )  # fmt: skip
+    plan = HotCold().plan(work)
+    assert len(plan.copies) == n * (1 / 3) / (1 / 3 + 1) and (plan.unit_N[plan.copies] == GPU).all()
+    assert (plan.unit_N == NEAR).sum() == n - 3

@@ -19,8 +19,8 @@ from moesim.files.tables import Table, raise_all, read_table
 from moesim.files.topology import MAX_NODES_PER_LEAF, Network, joined, node_graph
 from moesim.hardware import SOURCES, Cluster, Device, Efficiency, Link, MemoryTier
 
-KINDS = ("gpu", "npu", "cpu", "disk", "expander")
-COMPUTING = ("gpu", "npu", "cpu")
+KINDS = ("gpu", "npu", "cpu", "disk", "expander", "near_data")
+COMPUTING = ("gpu", "npu", "cpu", "near_data")
 FORMATS = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp6", "fp4", "int8", "int4")
 WORK = ("gemm", "grouped_gemm", "attention", "memory", "network")
 DEFAULT_HOST = "xeon-platinum-8480c"
@@ -33,11 +33,12 @@ NODE_KEYS = (
     "host",
     "num_hosts",
     "host_memory_bytes",
+    "near",
     "vertices",
     "links",
     "network",
 )
-DEVICE_KEYS = ("kind", "launch_s", "power_w", "memory", "flops_per_s", "efficiency", "sources")
+DEVICE_KEYS = ("kind", "launch_s", "power_w", "memory", "flops_per_s", "efficiency", "energy_j", "sources")
 
 
 def _efficiency(table: Table, key: str) -> Efficiency:
@@ -71,8 +72,11 @@ def _device(name: str, top: Table) -> Device:
     work.only(WORK)
     kinds_of_work = [key for key in WORK if key in work.values or computes or key == "memory"]
     launch_s = top.number("launch_s", default=None if computes else 0.0, example="3e-6")
+    energy = top.table("energy_j", required=False)
+    energy.only(("byte", "flop"))
     groups = [
         "memory",
+        *(["energy"] if energy.values else []),
         *(["flops"] if flops.values else []),
         *(["launch"] if "launch_s" in top.values else []),
     ]
@@ -84,6 +88,7 @@ def _device(name: str, top: Table) -> Device:
         launch_s=launch_s,
         power_w=top.number("power_w", example="700.0"),
         efficiency={key: _efficiency(work, key) for key in kinds_of_work},
+        energy_j={of: energy.number(of, example="28e-12") for of in energy.values if of in ("byte", "flop")},
         sources=top.source_of([*groups, "power", "efficiency"]),
     )
 
@@ -154,7 +159,7 @@ def _bare(device: Device) -> Cluster:
     if host is not None:
         graph.add_edge("n0/gpu0", "n0/host0", link=DEFAULT_HOST_LINK)
     sources = {"links": "assumed: a bare device sits on PCIe 4.0 x16"} if host else {}
-    return Cluster(device.name, device, 1, 1, graph, host, 1 if host else 0, sources)
+    return Cluster(device.name, device, 1, 1, graph, host, 1 if host else 0, sources=sources)
 
 
 def _part(top: Table, key: str, kinds: tuple[str, ...], beside: Path) -> Device | None:
@@ -191,6 +196,7 @@ def _node(full: str, num_nodes: int, top: Table, beside: Path) -> Cluster | None
     host = _part(top, "host", ("cpu",), beside)
     if host is not None and "host_memory_bytes" in top.values:
         host = replace(host, memory=replace(host.memory, capacity_bytes=top.number("host_memory_bytes")))
+    near = _part(top, "near", ("near_data",), beside) if "near" in top.values else None
     graph = node_graph(top, num_devices, num_hosts)
     network = _network(top, num_nodes, has_nics=any(vertex.startswith("nic") for vertex in graph))
     given = {"links": "links", "network": "network", "host_memory": "host_memory_bytes"}
@@ -198,7 +204,7 @@ def _node(full: str, num_nodes: int, top: Table, beside: Path) -> Cluster | None
     if device is None or host is None or top.mistakes:
         return None
     topology = joined(graph, num_nodes, network)
-    return Cluster(full, device, num_nodes, num_devices, topology, host, num_hosts, sources)
+    return Cluster(full, device, num_nodes, num_devices, topology, host, num_hosts, near, sources)
 
 
 def load_cluster(expression: str) -> Cluster:

@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """sequences in a step; cpu_share of attention; whether caches stay on the GPU; whether prompts join others' steps."""
+    """sequences in a step; cpu_share of attention; kv_on_gpu: caches stay there; mixes_prompts into others' steps."""
 
     sequences: float
     cpu_share: float = 0.0

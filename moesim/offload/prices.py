@@ -36,7 +36,7 @@ class Prices:
 
     Args:
         operators: of the GPU, at the bound that is asked for.
-        host: the processor that computes experts, None where there is none.
+        host: the processor that computes experts, None where there is none; likewise the cluster's near-data unit.
 
     Attributes:
         bytes_E: of the weights of each expert of a layer.
@@ -62,8 +62,10 @@ class Prices:
         if cluster.host is not None:
             whole = host_of(cluster) or cluster.host
             self.host_bytes_per_s = whole.memory.bytes_per_s * compute.efficiency(whole, "memory", bound)
-        self._gpu_WN = self._cpu_WN = np.zeros((len(self._params_W), 0))
-        self.gpu_shares_X = self.cpu_shares_X = np.zeros(len(SOURCES))
+        self._near = cluster.near
+        self._gpu_WN = self._cpu_WN = self._near_WN = np.zeros((len(self._params_W), 0))
+        self.gpu_shares_X = self.cpu_shares_X = self.near_shares_X = np.zeros(len(SOURCES))
+        self.flops_per_byte = 2.0 / BYTES_PER_PARAM[model.dtypes.experts]
         self.hop_s = 2 * cluster.host_link.latency_s if cluster.host is not None else 0.0
 
     def gpu_s(self, ids: Ids, load: Ids) -> Floats:
@@ -77,8 +79,24 @@ class Prices:
         if self._host is None:
             return np.full(len(load), np.inf)
         if len(load) and load.max() >= self._cpu_WN.shape[1]:
-            self._price_cpu(self._host, _wider(load))
+            self._cpu_WN, self.cpu_shares_X = self._price_on(self._host, _wider(load))
         return np.asarray(self._cpu_WN[self._kind_E[ids], load])
+
+    def near_s(self, ids: Ids, load: Ids) -> Floats:
+        """Of each expert on the near-data unit, infinite where there is none."""
+        if self._near is None:
+            return np.full(len(load), np.inf)
+        if len(load) and load.max() >= self._near_WN.shape[1]:
+            self._near_WN, self.near_shares_X = self._price_on(self._near, _wider(load))
+        return np.asarray(self._near_WN[self._kind_E[ids], load])
+
+    def near_start_s(self, tokens: int, is_beside: bool) -> float:
+        """To start the near-data unit on a layer; where it is beside another memory, tokens travel there and back."""
+        start_s = compute.launch_s(self._near, self._ops.bound) if self._near else 0.0
+        if not is_beside:
+            return start_s
+        moved = 2 * tokens * self._model.hidden_size * BYTES_PER_PARAM[self._model.dtypes.activation]
+        return start_s + self.hop_s + moved / self.copy_bytes_per_s
 
     def _price_gpu(self, size: int) -> None:
         m, load_N11 = self._model, np.arange(size, dtype=np.int32).reshape(-1, 1, 1)
@@ -90,16 +108,16 @@ class Prices:
             self.gpu_shares_X = timed.shares_X
         self._gpu_WN = np.stack(rows)
 
-    def _price_cpu(self, host: Device, size: int) -> None:
+    def _price_on(self, unit: Device, size: int) -> tuple[Floats, Floats]:
+        """Of 0, 1, ... tokens on a processor that is not the GPU, [W, N]; and what that rests on."""
         m, load_N11 = self._model, np.arange(size, dtype=np.int32).reshape(-1, 1, 1)
-        self._cpu_WN = np.stack(
-            [
-                compute.experts_s(load_N11, params, m.hidden_size, host, m.dtypes.experts, self._ops.bound)[:, 0]
-                for params in self._params_W
-            ]
-        )
-        self.cpu_shares_X = np.zeros(len(SOURCES))
-        self.cpu_shares_X[compute.source(host, "grouped_gemm", "memory")] = 1.0
+        rows = [
+            compute.experts_s(load_N11, params, m.hidden_size, unit, m.dtypes.experts, self._ops.bound)[:, 0]
+            for params in self._params_W
+        ]
+        shares_X = np.zeros(len(SOURCES))
+        shares_X[compute.source(unit, "grouped_gemm", "memory")] = 1.0
+        return np.stack(rows), shares_X
 
 
 def _wider(load: Ids) -> int:

@@ -38,7 +38,8 @@ class UnitTimes:
         expert_bytes: weights of one expert; copy_bytes_per_s: of the link; start_s: of a copy before its first byte.
         gpu_expert_s: an expert on the GPU, whatever its tokens (it reads its weights); gpu_token_s: and for each token.
         cpu_expert_s, cpu_token_s: likewise on the CPU; infinite: it computes none. cold_s: once for each burst.
-        host_bytes_per_s: what host memory has for copies and CPU together.
+        near_expert_s, near_token_s: of an expert beside its memory, at least; and of each token.
+        host_bytes_per_s: what host memory has for copies and CPU together. hop_s: tokens to the CPU and back.
     """
 
     expert_bytes: float
@@ -56,6 +57,10 @@ class UnitTimes:
     gpu_shares_X: Floats = field(default_factory=lambda: np.zeros(len(SOURCES)))
     cpu_shares_X: Floats = field(default_factory=lambda: np.zeros(len(SOURCES)))
     copy_shares_X: Floats = field(default_factory=lambda: np.zeros(len(SOURCES)))
+    near_shares_X: Floats = field(default_factory=lambda: np.zeros(len(SOURCES)))
+    near_expert_s: float = np.inf
+    near_token_s: float = 0.0
+    flops_per_byte: float = 1.0
 
     @property
     def bytes_E(self) -> Floats:
@@ -74,6 +79,14 @@ class UnitTimes:
     def cpu_s(self, ids: Ids, load: Ids) -> Floats:
         """Of each expert on the CPU."""
         return np.asarray(self.cpu_expert_s + self.cpu_token_s * load, np.float64)
+
+    def near_s(self, ids: Ids, load: Ids) -> Floats:
+        """Of each expert beside its memory: the longer of reading it and computing its tokens."""
+        return np.asarray(np.maximum(self.near_expert_s, self.near_token_s * load), np.float64)
+
+    def near_start_s(self, tokens: int, is_beside: bool) -> float:
+        """For tokens to travel there and back."""
+        return self.hop_s
 
 
 @dataclass(frozen=True)

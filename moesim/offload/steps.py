@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moesim.offload.routing import Routing
 from moesim.offload.store import ExpertStore
 from moesim.offload.timeline import Task, Timeline
-from moesim.policies.executor import CPU, GPU, Plan, Work
+from moesim.policies.executor import CPU, GPU, NEAR, Plan, Work
 from moesim.policies.prefetch import Outlook, Prices
 from moesim.policies.view import Ids, View
 from moesim.program.operation import Costs, Operation, Played, Program, part_indices, part_names
@@ -61,6 +61,16 @@ class ExpertPrices(Prices, Protocol):
     def cpu_shares_X(self) -> Floats: ...  # noqa: D102
     @property
     def copy_shares_X(self) -> Floats: ...  # noqa: D102
+    @property
+    def near_shares_X(self) -> Floats: ...  # noqa: D102
+    @property
+    def flops_per_byte(self) -> float: ...  # noqa: D102
+
+    def near_s(self, ids: Ids, load: Ids) -> Floats:
+        """Of each expert on the near-data unit."""
+
+    def near_start_s(self, tokens: int, is_beside: bool) -> float:
+        """To start it on a layer; with tokens that travel to another memory and back."""
 
 
 class _Piece(NamedTuple):
@@ -173,7 +183,8 @@ class OffloadedSteps:
         view, prices, clock = self.view, self.prices, self._clock
         return Work(
             view.ids, view.load, is_here_N, is_coming_N, prices.gpu_s(view.ids, view.load),
-            prices.cpu_s(view.ids, view.load), np.full(len(view.ids), np.inf), prices.copy_s, prices.cold_s,
+            prices.cpu_s(view.ids, view.load), prices.near_s(view.ids, view.load), prices.copy_s,
+            prices.flops_per_byte, prices.cold_s,
             clock.queued_s("compute"), clock.left_s("cpu"), clock.left_s("h2d"),
         )  # fmt: skip
 
@@ -191,6 +202,13 @@ class OffloadedSteps:
         on_cpu = np.flatnonzero(plan.unit_N == CPU)
         if len(on_cpu):
             ends += self._on_cpu(layer, on_cpu, plan.deferred)
+        on_near = plan.unit_N == NEAR
+        if on_near.any():
+            is_beside = not is_here_N[on_near].all()
+            seconds = prices.near_start_s(int(view.load[on_near].sum()), is_beside)
+            seconds += float(prices.near_s(view.ids, view.load)[on_near].sum())
+            num_bytes = float(prices.bytes_E[view.ids[on_near]].sum())
+            ends.append(self._piece("near_experts", layer, "near", seconds, prices.near_shares_X, num_bytes=num_bytes))
         copies: dict[int, Task] = {}
         kept = store.make_room([int(places[n]) for n in plan.copies])
         for i, n in enumerate(plan.copies):

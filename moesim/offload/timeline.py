@@ -72,7 +72,13 @@ class Timeline:
         self._is_stale = False  # rates must be computed anew
 
     def submit(self, task: Task, after: Iterable[Task] = ()) -> Task:
-        """Give a task to its unit, to start when all that it waits for has ended."""
+        """Give a task to its unit, to start when all that it waits for has ended.
+
+        Raises:
+            RuntimeError: it would never end.
+        """
+        if not task.seconds < inf:
+            raise RuntimeError(f"task {task.name!r} on {task.unit!r} takes {task.seconds} s: there is no such unit")
         for other in after:
             if not other.is_done:
                 other.then.append(task)

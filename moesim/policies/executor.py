@@ -28,6 +28,7 @@ class Work:
         ids, load: experts and their tokens, [N].
         is_here: bool [N], on the device; is_coming: bool [N], on its way there.
         gpu_s, cpu_s, near_s: seconds of each on each unit, [N]; infinite where there is no such unit.
+        flops_per_byte: of one token for each byte of weights.
         copy_s: seconds of a copy of one expert to the device.
         cold_s: what the CPU's first expert of a burst takes longer.
         gpu_free_s, cpu_free_s, link_free_s: seconds from now until each of them has done what it has.
@@ -41,6 +42,7 @@ class Work:
     cpu_s: Floats
     near_s: Floats
     copy_s: float
+    flops_per_byte: float = 1.0
     cold_s: float = 0.0
     gpu_free_s: float = 0.0
     cpu_free_s: float = 0.0
@@ -240,6 +242,82 @@ def savings(is_here_N, gpu_N, cpu_N, copy_s, cold_s, gpu_free_s, cpu_free_s, lin
     return saved_N
 
 
+def look_up(gpu_N: Floats, near_N: Floats) -> NDArray[np.bool_]:
+    """Which experts, most tokens first, move to the near-data unit: the last, as many as make the layer shortest.
+
+    >>> look_up(np.array([3.0, 3.0, 3.0]), np.array([6.0, 2.0, 1.0])).tolist()
+    [False, True, True]
+    """
+    on_gpu = np.concatenate([[0.0], np.cumsum(gpu_N)])  # with the first 0 ... N on the GPU
+    on_near = np.concatenate([np.cumsum(near_N[::-1])[::-1], [0.0]])
+    kept = len(gpu_N) - int(np.maximum(on_gpu, on_near)[::-1].argmin())
+    return np.asarray(np.arange(len(gpu_N)) >= kept)
+
+
+def _shared(unit_N: NDArray[np.int64], work: Work) -> Plan:
+    """The units, and copies of what the GPU lacks (nothing, where both read one memory)."""
+    return Plan(unit_N, np.flatnonzero((unit_N == GPU) & ~(work.is_here | work.is_coming)).tolist())
+
+
+@dataclass(frozen=True)
+class LookUp(_Plain):
+    """GPU and near-data unit read one memory, and nothing is copied: experts with the fewest tokens go to the near-data
+    unit, by a table of seconds. Source: Duplex (arXiv 2409.01141), section V-B, expert co-processing.
+    """
+
+    needs: ClassVar[str] = "near"
+
+    def plan(self, work: Work) -> Plan:
+        """See `look_up`."""
+        return _shared(np.where(look_up(work.gpu_s, work.near_s), NEAR, GPU), work)
+
+
+@dataclass(frozen=True)
+class OpPerByte(_Plain):
+    """A whole layer on the unit that fits its FLOP per byte: the near-data one up to `ridge`.
+
+    Source: Duplex (arXiv 2409.01141), section IV.
+    """
+
+    needs: ClassVar[str] = "near"
+    ridge: float = 16.0
+
+    def plan(self, work: Work) -> Plan:
+        """By the mean tokens of an expert."""
+        is_near = work.load.mean() * work.flops_per_byte <= self.ridge
+        return _shared(np.full(len(work.ids), NEAR if is_near else GPU), work)
+
+
+@dataclass(frozen=True)
+class NearOnly(OpPerByte):
+    """All experts on the near-data unit. Source: Bank-PIM, as Duplex (arXiv 2409.01141) compares with."""
+
+    ridge: float = np.inf
+
+
+@dataclass(frozen=True)
+class HotCold(_Plain):
+    """Hot experts are copied to the GPU, cold ones are computed beside their memory, to which their tokens travel; as
+    many are hot as make the layer shortest: max(sum of hot (copy), + the last on the GPU; sum of cold).
+
+    Where both sides are bound by bandwidth, that is H = E B_link / (B_link + B_near) of E active experts.
+    Source: MoNDE (arXiv 2405.18832), section 3; the rule itself could not be read, this is what balance asks for.
+    """
+
+    needs: ClassVar[str] = "near"
+
+    def plan(self, work: Work) -> Plan:
+        """Hottest first."""
+        absent = np.flatnonzero(~(work.is_here | work.is_coming))
+        copied = np.arange(len(absent) + 1) * work.copy_s
+        copied[1:] += work.gpu_s[absent]
+        cold = np.concatenate([np.cumsum(work.near_s[absent][::-1])[::-1], [0.0]])
+        hot = int(np.maximum(copied, cold).argmin())
+        unit_N = np.full(len(work.ids), GPU)
+        unit_N[absent[hot:]] = NEAR
+        return Plan(unit_N, absent[:hot].tolist())
+
+
 EXECUTORS: Mapping[str, type[Any]] = {
     "on_demand": OnDemand,
     "cpu_only": CPUOnly,
@@ -248,4 +326,8 @@ EXECUTORS: Mapping[str, type[Any]] = {
     "ktransformers": KTransformers,
     "ktransformers_deferred": KTransformersDeferred,
     "hybrimoe": HybriMoE,
+    "look_up": LookUp,
+    "op_per_byte": OpPerByte,
+    "near_only": NearOnly,
+    "hot_cold": HotCold,
 }

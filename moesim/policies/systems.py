@@ -38,6 +38,12 @@ SYSTEMS: Mapping[str, Mapping[str, str]] = {
     # SOSP 2025.
     "ktransformers": {"cache": "popular", "executor": "ktransformers"},
     "ktransformers_deferred": {"cache": "popular", "executor": "ktransformers_deferred"},
+    # DAC 2024, arXiv 2405.18832: on a node with a near-data unit beside the experts' memory.
+    "monde": {"cache": "lru", "executor": "hot_cold"},
+    # MICRO 2024, arXiv 2409.01141: on a device whose own memory has a near-data unit; all experts are there.
+    "duplex": {"executor": "op_per_byte"},
+    "duplex_pe": {"executor": "look_up"},
+    "bank_pim": {"executor": "near_only"},
     # Experts of the last layers on the CPU (--n-cpu-moe), or these layers whole (--n-gpu-layers).
     "llama_cpp_experts": {"cache": "whole_layers", "executor": "cpu_only"},
     "llama_cpp_layers": {"cache": "whole_layers", "executor": "cpu_layers"},
