@@ -16,7 +16,7 @@ from moesim.costs.measured import MeasuredTables
 from moesim.faults import Faults
 from moesim.hardware import Cluster
 from moesim.layout import Layout
-from moesim.model import ModelSpec
+from moesim.model import BYTES_PER_PARAM, Experts, ModelSpec
 from moesim.policies import REGISTRIES, Policies
 from moesim.policies.cache import CACHES
 from moesim.policies.collective import ALL_TO_ALLS
@@ -168,7 +168,17 @@ class Scenario:
                 f"policies.prefetch: {policies.prefetch!r} needs a predictor; set policies.predictor to "
                 f'{", ".join(name for name in PREDICTORS if name != "none")}, or prefetch to "none"'
             )
-        host, unit = self.cluster.host, getattr(EXECUTORS.get(policies.executor), "needs", "")
+        if (host := self.cluster.host) is not None:
+            h, layers = self.model.hidden_size, self.model.moe_layers
+            routed = sum(ffn.routed_params(h) for i in layers if isinstance(ffn := self.model.layers[i].ffn, Experts))
+            away = (1 - policies.device_expert_fraction) * BYTES_PER_PARAM[self.model.dtypes.experts] * routed
+            room = host.memory.capacity_bytes * max(self.cluster.num_hosts, 1)
+            if away > room:
+                found.append(
+                    f"memory: {away / 2**30:.0f} GiB of experts stay in host memory, which has {room / 2**30:.0f} GiB; "
+                    "use a smaller dtype, a larger host_memory_bytes of the node, or more experts on the device"
+                )
+        unit = getattr(EXECUTORS.get(policies.executor), "needs", "")
         if unit == "cpu" and (host is None or not host.flops_per_s):
             found.append(f"policies.executor: {policies.executor!r} needs a CPU, which {self.cluster.name!r} has not")
         if unit == "near" and self.cluster.near is None:

@@ -257,8 +257,8 @@ def claims() -> list[Claim]:
         )
     mean = float(np.mean([1 - x for x in gains("Duplex+PE+ET", part=1)]))
     found.append(Claim("energy saved, mean", "abstract", 0.2819, mean, "fraction", 0.2, because=memory))
-    for system in ("2x GPU", "BankGroup-PIM", "Duplex+PE", "Duplex+PE+ET"):
-        found.append(
-            Claim(f"{system} over GPU, Mixtral (256, 256), b = 64", "figure 11", None, mixtral[system], "ratio")
-        )
+    found += [
+        Claim(f"{system} over GPU, Mixtral (256, 256), b = 64", "figure 11", None, mixtral[system], "ratio")
+        for system in ("2x GPU", "BankGroup-PIM", "Duplex+PE", "Duplex+PE+ET")
+    ]
     return found

@@ -91,10 +91,9 @@ def claims() -> list[Claim]:
     """Waiting, with short and long contexts."""
     absent = "" if requests() else ABSENT
     narrow = (
-        absent
-        or "the captured tasks are narrow: an LRU of the two thirds of experts that fit hits 5 of 6 uses; the paper's 290 "
+        absent or "the captured tasks are narrow: an LRU of the two thirds of experts that fit hits 5 of 6 uses; the "
     )
-    narrow += "" if absent else "tasks spread wider"
+    narrow += "" if absent else "paper's 290 tasks spread wider"
     rate = absent or "as if its copies ran at 16 of 24 GB/s: what the framework does between copies is not modelled"
     where = "table 4, DeepSeek-V2-Lite"
     busy = {name: tpot - idle for name, (tpot, idle) in TPOT.items()}

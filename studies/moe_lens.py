@@ -32,7 +32,7 @@ CACHES = {"A40": (614e9, 1228e9), "L40": (741e9, 1482e9), "A100": (1277e9, 2554e
 """Bytes for sequences of 256 and of 512 tokens."""
 KV_BYTES = (70e9, 210e9)
 STEP_TOKENS = 18236.0
-WORKLOADS = tuple((98.0, float(g)) for g in (32, 64, 128, 256)) + ((926.0, 128.0),)
+WORKLOADS = (*((98.0, float(g)) for g in (32, 64, 128, 256)), (926.0, 128.0))
 
 
 def streams(kv_bytes: float) -> Streams:
@@ -85,7 +85,8 @@ def claims() -> list[Claim]:
               contended.step_s(plan.sequences, job.context, 1.0), "s", 0.1, because=slow),
         Claim("gain over MoE-Lightning, mean", "abstract", 4.6, float(np.mean(gains)), "ratio", 0.2, because=rest),
         *(
-            Claim(f"bound, {kv / 1e9:.0f} GB, {p:.0f} + {g:.0f} tokens", "figure 10", None, bound(kv, p, g), "tokens_per_s")
+            Claim(f"bound, {kv / 1e9:.0f} GB, {p:.0f} + {g:.0f} tokens", "figure 10", None, bound(kv, p, g),
+                  "tokens_per_s")
             for kv in KV_BYTES
             for p, g in WORKLOADS
         ),

@@ -363,8 +363,8 @@ def test_hot_experts_are_copied_as_bandwidths_balance():
     """Twelve experts bound by bandwidth on both sides, link and unit as 1 to 3: a quarter is copied."""
     n = 12
     work = Work(
-        np.arange(n), np.ones(n, np.int64), np.zeros(n, np.bool_), np.zeros(n, np.bool_), np.zeros(n), np.full(n, np.inf),
-        np.full(n, 1.0), 3.0,
+        np.arange(n), np.ones(n, np.int64), np.zeros(n, np.bool_), np.zeros(n, np.bool_), np.zeros(n),
+        np.full(n, np.inf), np.full(n, 1.0), 3.0,
     )  # fmt: skip
     plan = HotCold().plan(work)
     assert len(plan.copies) == n * (1 / 3) / (1 / 3 + 1) and (plan.unit_N[plan.copies] == GPU).all()

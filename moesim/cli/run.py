@@ -52,10 +52,18 @@ def run_command(
     from rich.progress import Progress
 
     from moesim import verbs
+    from moesim.files.boxes import is_box
     from moesim.files.tables import read_toml
     from moesim.report import check_target
 
     window = measure_from_s, measure_until_s
+    if is_box(read_toml(scenario)):
+        if engine or perfetto or requests or find or window != (0.0, math.inf):
+            raise ValueError(f"{scenario}: what fits a box takes --set, --json and --report only")
+        from moesim.cli.boxes import run_box
+
+        run_box(scenario, changes, as_json, report)
+        return
     if verbs.is_service(read_toml(scenario)):
         if engine == "estimate" or perfetto:
             raise ValueError(f"{scenario}: a service runs on --engine simulate and has no --perfetto; leave them out")

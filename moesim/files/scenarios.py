@@ -29,7 +29,7 @@ from moesim.files.traces import read_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.model import BYTES_PER_PARAM, Dtypes, ModelSpec
 from moesim.policies import SYSTEMS, Policies
-from moesim.routing.synthetic import even_trace, zipf_trace
+from moesim.routing.synthetic import even_trace, sticky_trace, zipf_trace
 from moesim.routing.trace import RoutingTrace
 from moesim.scenario import Scenario
 from moesim.workload import Workload
@@ -98,7 +98,7 @@ def read_setups(path: str | Path, changes: Sequence[str], build: Build[B]) -> li
     values = read_toml(path)
     mistakes: list[str] = []
     for change in changes:
-        _apply(values, change, mistakes)
+        apply_change(values, change, mistakes)
     beside = values.pop("beside", {})
     values.setdefault("name", path.stem)
     variants: list[tuple[str, dict[str, Any]]] = [("", values)]
@@ -121,7 +121,7 @@ def read_setups(path: str | Path, changes: Sequence[str], build: Build[B]) -> li
     return [setup for setup in setups if setup is not None]
 
 
-def _apply(values: dict[str, Any], change: str, mistakes: list[str]) -> None:
+def apply_change(values: dict[str, Any], change: str, mistakes: list[str]) -> None:
     """Carry out one --set."""
     key, equals, text = change.partition("=")
     if not equals or not key.strip():
@@ -216,8 +216,8 @@ def load_parts(
     """
     parts: dict[str, Any] = {}
     loaders: dict[str, Callable[[str], Any]] = {
-        "model": lambda text: load_model(_existing(text, folder)),
-        "hardware": lambda text: load_cluster(_existing(text, folder)),
+        "model": lambda text: load_model(existing(text, folder)),
+        "hardware": lambda text: load_cluster(existing(text, folder)),
         "trace": lambda text: load_trace(text, folder),
         "profile": lambda text: load_profile(beside_file(text, folder)),
         "calibration": lambda text: load_calibration(beside_file(text, folder)),
@@ -263,15 +263,17 @@ def load_parts(
 
 
 def _is_made_up(trace: str) -> bool:
-    return trace == "even" or trace.partition(":")[0] == "zipf"
+    return trace == "even" or trace.partition(":")[0] in ("zipf", "sticky")
 
 
 def made_up_trace(model: ModelSpec, text: str) -> RoutingTrace:
-    """A synthetic trace of the model's routing shape: "even", "zipf", or "zipf:EXPONENT"."""
+    """A synthetic trace of the model's routing shape: "even", "zipf", "zipf:EXPONENT", or "sticky:SHARE"."""
     if text == "even":
         ffn = model.experts
         groups = ffn.num_groups, ffn.top_groups
         return even_trace(len(model.moe_layers), ffn.num_experts, ffn.top_k, *groups)
+    if text.startswith("sticky"):
+        return _sticky(model, text)
     try:
         exponent = float(text.partition(":")[2] or 0.5)
     except ValueError:
@@ -285,13 +287,24 @@ def made_up_trace(model: ModelSpec, text: str) -> RoutingTrace:
     )  # fmt: skip
 
 
+def _sticky(model: ModelSpec, text: str) -> RoutingTrace:
+    try:
+        share = float(text.partition(":")[2])
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text!r} must be sticky:SHARE, the share of experts kept from token to token: sticky:0.33")
+    num_experts, top_k = (model.experts.num_experts, model.experts.top_k) if model.moe_layers else (1, 1)
+    return sticky_trace(len(model.moe_layers), num_experts, top_k, stickiness=share, num_tokens=512)
+
+
 def beside_file(text: str, folder: Path | None) -> Path:
     """A path next to the scenario file, where there is something of that name; the path itself otherwise."""
     path = Path(text)
     return folder / path if folder is not None and not path.is_absolute() and (folder / path).exists() else path
 
 
-def _existing(text: str, folder: Path) -> str:
+def existing(text: str, folder: Path) -> str:
     """A path next to the scenario file, where there is one of that name with a suffix; the text itself otherwise."""
     looks_like_path = "/" in text or text.endswith((".toml", ".json"))
     return str(beside_file(text, folder)) if looks_like_path else text

@@ -1,7 +1,10 @@
 """Policies: one file per kind, each published policy a few lines with its paper; a registry at the bottom."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from moesim.policies.autoscaler import AUTOSCALERS
 from moesim.policies.cache import CACHES
@@ -47,6 +50,12 @@ class Policies:
     all_to_all: str = "flat"
     two_batch_overlap: bool = False
     network: str = "ports"
+
+    @classmethod
+    def of(cls, system: Mapping[str, str], device_expert_fraction: float = 1.0) -> Policies:
+        """Those of a system, an entry of `SYSTEMS`."""
+        given: Mapping[str, Any] = system
+        return cls(**given, device_expert_fraction=device_expert_fraction)
 
 
 __all__ = ["REGISTRIES", "SERVING_REGISTRIES", "SYSTEMS", "Policies"]
