@@ -12,18 +12,20 @@ from hypothesis import strategies as st
 
 from moesim.estimate import estimate
 from moesim.files.hardware import load_device
+from moesim.offload.hits import hit_rates_C
+from moesim.offload.replay import PolicySet, UnitTimes, replay
 from moesim.offload.run import OffloadedRun
 from moesim.offload.store import ExpertStore
 from moesim.offload.timeline import Task, Timeline
 from moesim.policies import SYSTEMS
 from moesim.policies.cache import CACHES, SlotsByLoads
 from moesim.policies.executor import CPU, EXECUTORS, GPU, NEAR, HotCold, Work, look_up, savings, schedule
-from moesim.policies.predictor import PREDICTORS
+from moesim.policies.predictor import PREDICTORS, OracleStated
 from moesim.policies.prefetch import PREFETCHERS
 from moesim.policies.view import View
 from moesim.program.iterations import Iterations
 from moesim.routing.reuse import belady_hits_LC, lru_hits_LC
-from moesim.routing.synthetic import zipf_trace
+from moesim.routing.synthetic import sticky_trace, zipf_trace
 from moesim.simulate import simulate
 
 few = settings(max_examples=15, deadline=None)
@@ -213,6 +215,22 @@ def test_hits_are_those_of_the_one_pass_over_all_sizes(top_k):
                 assert store.uses.cached == hits_LC[:, slots].sum()
             else:
                 assert store.uses.cached == pytest.approx(hits_LC[:, slots].sum(), abs=15)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_hits_at_many_sizes_are_those_of_the_engine(cache):
+    """One pass over a trace for all sizes, or the clock with each of them."""
+    trace = sticky_trace(4, 8, 2, stickiness=0.3, num_tokens=60, seed=1)
+    rows, sizes, policy = [np.array([t]) for t in range(50)], (6, 9, 16, 25), CACHES[cache]()
+    predictor = OracleStated((0.7, 0.5))
+    played = [
+        replay(trace, rows, UnitTimes(1.0, 1.0), c, PolicySet(policy, predictor), history=np.arange(50, 60)).uses
+        for c in sizes
+    ]
+    hits_C = hit_rates_C(trace, rows, policy, sizes, predictor=predictor, history=np.arange(50, 60))
+    if cache != "random":
+        np.testing.assert_allclose(hits_C, [uses.hit_rate for uses in played], rtol=1e-12)
+    assert (np.diff(hits_C) > -0.05).all() and 0 <= hits_C.min() <= hits_C.max() < 1
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -62,12 +63,12 @@ class UnitTimes:
     near_token_s: float = 0.0
     flops_per_byte: float = 1.0
 
-    @property
+    @cached_property
     def bytes_E(self) -> Floats:
         """Of each expert."""
         return np.full(self.num_experts, self.expert_bytes)
 
-    @property
+    @cached_property
     def copy_s(self) -> float:
         """Of one expert."""
         return self.start_s + self.expert_bytes / self.copy_bytes_per_s
@@ -162,8 +163,9 @@ def replay(
         routing = routing_of(
             trace, row, load_LE, int(trace.request_T[row[0]]), s < len(is_prefill_S) and is_prefill_S[s]
         )
-        played = steps.play(program, costs, routing)
-        found.append(played.seconds)
         if s < keep:
-            kept.append(played)
+            kept.append(steps.play(program, costs, routing))
+            found.append(kept[-1].seconds)
+        else:
+            found.append(steps.pass_step(program, costs, routing))
     return Replayed(np.array(found), store.uses, dict(steps.busy_s), tuple(kept))

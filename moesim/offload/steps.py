@@ -9,6 +9,7 @@ The next layer begins when all of this layer's experts are done, but for those t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -121,12 +122,18 @@ class OffloadedSteps:
 
         on_host: costs on the CPU, which computes layers without a slot on the device then.
         """
+        began_s = self._clock.now_s
+        self.pass_step(program, costs, routing, on_host)
+        return self._played(began_s)
+
+    def pass_step(self, program: Program, costs: Costs, routing: Routing, on_host: Costs | None = None) -> float:
+        """The same without a record of it; its seconds."""
         began_s, view = self._clock.now_s, self.view
         view.step += 1
         view.layer, view.request, view.is_prefill = -1, routing.request, routing.is_prefill
         view.predicted_LE[:] = 0.0
         self._predictor.begin(view)
-        self._done = [piece for piece in self._done if not piece.task.is_done]
+        self._done = [piece for piece in self._done if piece.task.finish_s == inf]
         ends: list[list[Task]] = []
         for n, op in enumerate(program.operations):
             after = [task for a in op.after for task in ends[a]]
@@ -144,7 +151,7 @@ class OffloadedSteps:
         self._deferred = []
         self._clock.run([piece.task for piece in self._done if piece.task.name != "prefetch"])
         self._close()
-        return self._played(began_s)
+        return self._clock.now_s - began_s
 
     def _add(self, layer: int, task: Task, shares_X: Floats, after: Sequence[Task]) -> Task:
         self._done.append(_Piece(layer, task, shares_X, after))
@@ -261,12 +268,17 @@ class OffloadedSteps:
     def _send_ahead(self) -> None:
         """Queue what the prefetcher chooses, and give up what waits and is not chosen again."""
         store, clock, prefetcher = self.store, self._clock, self._prefetcher
-        outlook = Outlook(self.prices, self._layer_s, clock.queued_s("h2d"))
+        outlook = Outlook(self.prices, self._layer_s, clock.queued_s("h2d", 0.0))
         chosen = list(prefetcher.choose(self.view, outlook))
         if store.coming or store.stages:
             self._give_up(set(chosen))
-        fresh = [p for p in chosen if not self.view.held_P[p] and p not in store.stages]
-        fresh = [p for p in fresh if self.prices.bytes_E[p % self.view.num_experts]]
+        if not chosen:
+            return
+        places = np.array(chosen)
+        new_N = ~self.view.held_P[places] & (self.prices.bytes_E[places % self.view.num_experts] > 0)
+        fresh = places[new_N].tolist()
+        if store.stages:
+            fresh = [p for p in fresh if p not in store.stages]
         if prefetcher.stages:
             for place in fresh[: prefetcher.stages - len(store.stages)]:
                 store.stage(place, self._copy("prefetch", [place], 1.0))
@@ -276,15 +288,15 @@ class OffloadedSteps:
         for place in fresh:
             by_layer.setdefault(place // E, []).append(place)
         kept: set[int] = set()
-        for places in by_layer.values():
-            kept.update(places[: store.make_room(places, chosen)])
+        for group in by_layer.values():
+            kept.update(group[: store.make_room(group, chosen)])
         if prefetcher.bulk:
-            sent = [[p for p in places if p in kept] for places in by_layer.values()]
+            sent = [[p for p in group if p in kept] for group in by_layer.values()]
         else:
             sent = [[p] for p in fresh if p in kept]
-        for rank, places in enumerate(sent, 1):
-            if places:
-                store.send(places, self._copy("prefetch", places, float(rank)), is_early=True)
+        for rank, group in enumerate(sent, 1):
+            if group:
+                store.send(group, self._copy("prefetch", group, float(rank)), is_early=True)
 
     def _give_up(self, wanted: set[int]) -> None:
         """Take copies out of the queue that nobody has begun or wants any longer."""
@@ -306,21 +318,28 @@ class OffloadedSteps:
         store.release()
 
     def _ended(self, task: Task) -> None:
-        if task.unit == "h2d":
+        if task.unit == "h2d" and self.store.coming:
             self.store.arrived(_places(task))
 
     def _played(self, began_s: float) -> Played:
         """What happened since `began_s`, with what still runs cut off at the end."""
         now_s = self._clock.now_s
-        kept = sorted((p for p in self._done if p.task.start_s <= now_s), key=lambda piece: piece.task.start_s)
+        kept = [piece for piece in self._done if piece.task.start_s <= now_s]
+        kept.sort(key=_began_s)
         number = {id(piece.task): n for n, piece in enumerate(kept)}
-        operations = tuple(
-            Operation(task.name, layer, task.unit, "rank", tuple(number[id(a)] for a in after if id(a) in number))
-            for layer, task, _, after in kept
-        )
-        start_N1 = np.array([[max(piece.task.start_s, began_s) - began_s] for piece in kept])
-        finish_N1 = np.array([[min(piece.task.finish_s, now_s) - began_s] for piece in kept])
-        bytes_N1 = np.array([[piece.task.num_bytes if piece.task.is_done else 0.0] for piece in kept])
-        costs = Costs(finish_N1 - start_N1, bytes_N1, np.stack([piece.shares_X for piece in kept]))
+        operations, start_N, finish_N, bytes_N = [], [], [], []
+        for layer, task, _, after in kept:
+            waits = tuple([number[id(a)] for a in after if id(a) in number]) if after else ()
+            operations.append(Operation(task.name, layer, task.unit, "rank", waits))
+            start_N.append(max(task.start_s, began_s) - began_s)
+            finish_N.append(min(task.finish_s, now_s) - began_s)
+            bytes_N.append(task.num_bytes if task.finish_s <= now_s else 0.0)
+        start_N1, finish_N1 = np.array(start_N)[:, None], np.array(finish_N)[:, None]
+        shares_NX = np.array([piece.shares_X for piece in kept])
+        costs = Costs(finish_N1 - start_N1, np.array(bytes_N)[:, None], shares_NX)
         parts = part_names(operations)
-        return Played(operations, costs, start_N1, finish_N1, parts, part_indices(operations, parts))
+        return Played(tuple(operations), costs, start_N1, finish_N1, parts, part_indices(operations, parts))
+
+
+def _began_s(piece: _Piece) -> float:
+    return piece.task.start_s

@@ -46,6 +46,8 @@ class ExpertStore:
         future: bool [S, L, E], for oracles only. history_LE: uses in earlier requests.
 
     Attributes:
+        cache: the policy's decision object; is_shared: whether layers share the slots.
+        free, free_L: slots without an expert, all and of each layer.
         stages: places of experts that came early into buffers, with their copies.
     """
 
@@ -57,20 +59,19 @@ class ExpertStore:
         view.slots = min(slots, L * E)
         self.view, self.uses, self.num_prefetched = view, Uses(), 0
         self.slots_L = policy.slots_L(view.slots, view)
-        self._is_shared = policy.scope == "device"
-        self._free_L = self.slots_L.copy()
-        self._free = int(self.slots_L.sum())
+        self.is_shared = policy.scope == "device"
+        self.free_L = self.slots_L.copy()
+        self.free = int(self.slots_L.sum())
         known_LE = np.zeros((L, E), np.int64) if history_LE is None else history_LE
         first_P = policy.first_P(self.slots_L, known_LE, view)
         self.coming: dict[int, Task] = {}
         self.stages: dict[int, Task] = {}
         self._is_early_P = np.zeros(L * E, np.bool_)  # prefetched, and not used yet
-        self._coming_P = np.zeros(L * E, np.bool_)
         self._locked_P = np.zeros(L * E, np.bool_)  # needed by the layer
         view.held_P[first_P] = True
-        self._free -= len(first_P)
-        np.subtract.at(self._free_L, first_P // E, 1)
-        self._cache = policy.start(view, future)
+        self.free -= len(first_P)
+        np.subtract.at(self.free_L, first_P // E, 1)
+        self.cache = policy.start(view, future)
 
     @property
     def num_held(self) -> int:
@@ -79,7 +80,7 @@ class ExpertStore:
 
     def count(self, places: Ids) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Look up what a layer needs: which of them are here, and which are coming."""
-        coming_N = self._coming_P[places]
+        coming_N = self.view.coming_P[places]
         here_N = self.view.held_P[places] & ~coming_N
         num_early = int(self._is_early_P[places[here_N]].sum())
         if self.stages:
@@ -97,7 +98,7 @@ class ExpertStore:
 
     def used(self) -> None:
         """The layer of the view has chosen: tell the policy, and lock what is needed."""
-        self._cache.used(self.view)
+        self.cache.used(self.view)
         self._lock(True)
 
     def release(self) -> None:
@@ -120,11 +121,11 @@ class ExpertStore:
             return 0
         view, E = self.view, self.view.num_experts
         layer = places[0] // E
-        free = self._free if self._is_shared else int(self._free_L[layer])
+        free = self.free if self.is_shared else int(self.free_L[layer])
         lacking = len(places) - free
         if lacking > 0:
-            own = slice(None) if self._is_shared else slice(layer * E, (layer + 1) * E)
-            offered = view.held_P[own] & ~self._locked_P[own] & ~self._coming_P[own]
+            own = slice(None) if self.is_shared else slice(layer * E, (layer + 1) * E)
+            offered = view.held_P[own] & ~self._locked_P[own] & ~self.view.coming_P[own]
             base = own.start or 0
             if len(spare):
                 inside = np.asarray(spare) - base
@@ -133,16 +134,16 @@ class ExpertStore:
             free += self._evict(base + ids, lacking)
         kept = places[: max(free, 0)]
         view.held_P[list(kept)] = True
-        self._free -= len(kept)
-        if not self._is_shared:
-            self._free_L[layer] -= len(kept)
+        self.free -= len(kept)
+        if not self.is_shared:
+            self.free_L[layer] -= len(kept)
         return len(kept)
 
     def _evict(self, offered: Ids, most: int) -> int:
         """Drop the least worthy of the places; how many left."""
         if not len(offered):
             return 0
-        worth = self._cache.worth(offered, self.view)
+        worth = self.cache.worth(offered, self.view)
         if most == 1:
             least = worth.argmin()
             gone = [int(offered[least])] if worth[least] < np.inf else []
@@ -151,20 +152,20 @@ class ExpertStore:
             gone = offered[order[worth[order] < np.inf]].tolist()
         for place in gone:
             self._drop(place)
-            self._cache.left(place)
+            self.cache.left(place)
         return len(gone)
 
     def _drop(self, place: int) -> None:
         self.view.held_P[place] = self._is_early_P[place] = False
-        self._free += 1
-        if not self._is_shared:
-            self._free_L[place // self.view.num_experts] += 1
+        self.free += 1
+        if not self.is_shared:
+            self.free_L[place // self.view.num_experts] += 1
 
     def send(self, places: Sequence[int], copy: Task, is_early: bool) -> None:
         """A copy into slots was queued."""
         for place in places:
             self.coming[place] = copy
-            self._coming_P[place] = True
+            self.view.coming_P[place] = True
             self._is_early_P[place] = is_early
         if is_early:
             self.num_prefetched += len(places)
@@ -178,7 +179,7 @@ class ExpertStore:
         """A copy has ended."""
         for place in places:
             if self.coming.pop(place, None) is not None:
-                self._coming_P[place] = False
+                self.view.coming_P[place] = False
 
     def give_up(self, places: Iterable[int]) -> None:
         """Queued copies will not be made."""
@@ -186,5 +187,5 @@ class ExpertStore:
             self.num_prefetched -= 1
             if self.stages.pop(place, None) is None:
                 del self.coming[place]
-                self._coming_P[place] = False
+                self.view.coming_P[place] = False
                 self._drop(place)

@@ -32,7 +32,7 @@ class Task:
 
     __slots__ = (
         "demand", "finish_s", "left_s", "memory", "name", "num_bytes", "piece_s", "priority", "rate", "seconds",
-        "start_s", "stop_s", "tag", "then", "unit", "waiting",
+        "since_s", "start_s", "stop_s", "tag", "then", "unit", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -42,7 +42,7 @@ class Task:
         self.name, self.unit, self.seconds, self.priority = name, unit, seconds, priority
         self.memory, self.demand, self.piece_s, self.num_bytes, self.tag = memory, demand, piece_s, num_bytes, tag
         self.left_s, self.stop_s, self.rate = seconds, 0.0, 1.0
-        self.start_s = self.finish_s = inf
+        self.start_s = self.finish_s = self.since_s = inf
         self.waiting = 0
         self.then: list[Task] = []
 
@@ -63,7 +63,6 @@ class Timeline:
     def __init__(self, memories: Mapping[str, float] | None = None, on_finish: Callable[[Task], None] | None = None):
         self.now_s = 0.0
         self.busy_s: dict[str, float] = {}
-        self.waited_s = 0.0
         self._memories = dict(memories or {})
         self._on_finish = on_finish
         self._running: dict[str, Task] = {}
@@ -80,7 +79,7 @@ class Timeline:
         if not task.seconds < inf:
             raise RuntimeError(f"task {task.name!r} on {task.unit!r} takes {task.seconds} s: there is no such unit")
         for other in after:
-            if not other.is_done:
+            if other.finish_s == inf:
                 other.then.append(task)
                 task.waiting += 1
         if not task.waiting:
@@ -112,10 +111,11 @@ class Timeline:
                     heappush(self._ready[unit], entry)
         return out
 
-    def queued_s(self, unit: str) -> float:
-        """Seconds of work that a unit has before it, as far as it is ready."""
+    def queued_s(self, unit: str, most: float = inf) -> float:
+        """Seconds of work that a unit has before it, of what is ready and of no higher priority number than `most`."""
         running = self._running.get(unit)
-        return (running.left_s if running else 0.0) + sum(task.left_s for _, _, task in self._ready.get(unit, ()))
+        left_s = running.left_s if running else 0.0
+        return left_s + sum(task.left_s for priority, _, task in self._ready.get(unit, ()) if priority <= most)
 
     def left_s(self, unit: str) -> float:
         """Seconds until the task that a unit is working on ends."""
@@ -155,6 +155,7 @@ class Timeline:
 
     def _begin(self, task: Task) -> None:
         self._running[task.unit] = task
+        task.since_s = self.now_s
         if task.start_s == inf:
             task.start_s = self.now_s
         task.stop_s, task.rate = 0.0, 1.0
@@ -165,10 +166,13 @@ class Timeline:
         """Max-min fair shares of every memory among the running tasks that read it."""
         self._is_stale = False
         for memory, capacity in self._memories.items():
-            users = [task for task in self._running.values() if task.memory == memory]
-            if sum(task.demand for task in users) <= capacity:
-                for task in users:
+            users, wanted = [], 0.0
+            for task in self._running.values():
+                if task.memory == memory:
+                    users.append(task)
+                    wanted += task.demand
                     task.rate = 1.0
+            if wanted <= capacity:
                 continue
             users.sort(key=lambda task: task.demand)
             left = capacity
@@ -181,22 +185,27 @@ class Timeline:
         """To the next end of a task or piece."""
         if self._is_stale:
             self._share()
-        running = list(self._running.values())
-        step_s = min((task.left_s - task.stop_s) / task.rate for task in running)
+        running = self._running
+        step_s = inf
+        for task in running.values():
+            left_s = (task.left_s - task.stop_s) / task.rate
+            if left_s < step_s:
+                step_s = left_s
         self.now_s += step_s
-        for task in running:
+        ended = []
+        for task in running.values():
             task.left_s -= step_s * task.rate
-            self.busy_s[task.unit] = self.busy_s.get(task.unit, 0.0) + step_s
-            if task.rate < 1:
-                self.waited_s += step_s * (1 - task.rate)
-        for task in running:
             if task.left_s - task.stop_s <= _DONE_S:
-                self._stop(task)
+                ended.append(task)
+        for task in ended:
+            self._stop(task)
 
     def _stop(self, task: Task) -> None:
+        unit = task.unit
         if task.memory:
             self._is_stale = True
-        del self._running[task.unit]
+        del self._running[unit]
+        self.busy_s[unit] = self.busy_s.get(unit, 0.0) + self.now_s - task.since_s
         if task.stop_s > _DONE_S:
             self._enqueue_again(task)
         else:
@@ -207,8 +216,8 @@ class Timeline:
                 other.waiting -= 1
                 if not other.waiting:
                     self._enqueue(other)
-        queue = self._ready.get(task.unit)
-        if queue and task.unit not in self._running:
+        queue = self._ready.get(unit)
+        if queue and unit not in self._running:
             self._begin(heappop(queue)[2])
 
     def _enqueue_again(self, task: Task) -> None:

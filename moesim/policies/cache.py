@@ -52,6 +52,7 @@ class _PerLayer:
     scope: ClassVar[str] = "layer"
     needs_future: ClassVar[bool] = False
     needs_history: ClassVar[bool] = False
+    follows_slots: ClassVar[bool] = False  # what an expert is worth depends on what was held, and on how many
 
     def slots_L(self, slots: int, view: View) -> Ids:
         """Slots of each layer."""
@@ -99,6 +100,23 @@ class _LFU(_Idle):
 
 
 @dataclass(frozen=True)
+class Random(_PerLayer):
+    """Anybody leaves. Source: the baseline of Read-ME (arXiv 2410.19123)."""
+
+    def start(self, view: View, future: object = None) -> Cache:
+        """The decision object for one run."""
+        return _Random(np.random.default_rng(0))
+
+
+@dataclass
+class _Random(_Idle):
+    rng: np.random.Generator
+
+    def worth(self, places: Ids, view: View) -> Floats:
+        return self.rng.random(len(places))
+
+
+@dataclass(frozen=True)
 class LIFO(_PerLayer):
     """Experts inactive in this batch leave first, the one used last of them.
 
@@ -123,6 +141,8 @@ class ARC(_PerLayer):
 
     Source: Megiddo and Modha, FAST 2003; for experts, Fate (arXiv 2502.12224).
     """
+
+    follows_slots: ClassVar[bool] = True
 
     def start(self, view: View, future: object = None) -> Cache:
         """The decision object for one run."""
@@ -444,15 +464,19 @@ class _Fixed(_Idle):
 
 @dataclass(frozen=True)
 class OracleBelady(_PerLayer):
-    """The expert whose next use is farthest leaves: the floor of misses. Source: Belady, IBM Systems Journal 1966."""
+    """The expert whose next use is farthest leaves: the floor of misses. Source: Belady, IBM Systems Journal 1966.
+
+    lookahead: steps that are known; what is used later counts as never. 0: all.
+    """
 
     needs_future: ClassVar[bool] = True
+    lookahead: int = 0
 
     def start(self, view: View, future: object = None) -> Cache:
         """The decision object for one run; `future` is bool [S, L, E]: which experts each step will use."""
         if not isinstance(future, np.ndarray):
             raise TypeError(f"{type(self).__name__} needs the uses of all steps")
-        return _Belady(_next_use_SP(future))
+        return _Belady(_next_use_SP(future), self.lookahead)
 
 
 @dataclass(frozen=True)
@@ -476,17 +500,22 @@ def _next_use_SP(used_SLE: NDArray[np.bool_]) -> NDArray[np.int32]:
 @dataclass(frozen=True, eq=False)
 class _Belady(_Idle):
     next_SP: NDArray[np.int32] = field(repr=False)
+    lookahead: int = 0
 
     def worth(self, places: Ids, view: View) -> Floats:
         """The sooner a place is needed again, the more."""
         step = np.where(places // view.num_experts > view.layer, view.step, view.step + 1)
-        return -self.next_SP[step, places].astype(np.float64)
+        next_N = self.next_SP[step, places].astype(np.float64)
+        if self.lookahead:
+            next_N[next_N > (view.step + self.lookahead) * view.num_layers + view.layer] = np.iinfo(np.int32).max
+        return -next_N
 
 
 CACHES: Mapping[str, type[Any]] = {
     "lru": LRU,
     "lru_device": LRUDevice,
     "lfu": LFU,
+    "random": Random,
     "lifo_inactive_first": LIFO,
     "arc": ARC,
     "mrs": MRS,

@@ -1,7 +1,7 @@
-"""Prefetch: which experts of the layers to come should start to travel now? Decision: places, first things first.
+"""Prefetch: which experts of the layers to come should travel now? Decision: places, first things first.
 
 It is asked when a layer's router has chosen and its own copies are queued, which go first. Places that were chosen
-before and are still waiting for the link, but are not chosen again, are given up.
+before and are still waiting for the link are given up if they are not chosen again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Prices(Protocol):
 
 @dataclass
 class Outlook:
-    """What the link can do: `layer_s`, seconds of the layer before; `link_free_s`, until it has done what it has."""
+    """What the link can do: `layer_s`, seconds of the layer before; `link_free_s`, until it has done what is urgent."""
 
     prices: Prices
     layer_s: float
@@ -45,7 +45,7 @@ class Outlook:
 
     @property
     def num_copies(self) -> int:
-        """Copies that would end within one layer."""
+        """Copies that would end within one layer, after what is needed now."""
         return max(0, int((self.layer_s - self.link_free_s) / self.prices.copy_s)) if self.prices.copy_s else 0
 
 
@@ -64,12 +64,13 @@ class _Plain:
 
 
 def _best(view: View, layer: int, most: int) -> Ids:
-    """Places of the experts that are predicted most for a layer, and are not held."""
+    """Places of the experts that are predicted most for a layer, and are not here yet."""
     predicted_E = view.predicted_LE[layer]
     (ids,) = predicted_E.nonzero()
     order = np.argsort(-predicted_E[ids], kind="stable")[:most]
-    places = layer * view.num_experts + ids[order]
-    return np.asarray(places[~view.held_P[places]])
+    first = layer * view.num_experts
+    best = ids[order]
+    return np.asarray(first + best[view.not_here(first, first + view.num_experts)[best]])
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class WholeLayer(_Plain):
     def choose(self, view: View, outlook: Outlook) -> Sequence[int]:
         """In the order of their ids; the first layer follows the last."""
         first = (view.layer + 1) % view.num_layers * view.num_experts
-        return [int(p) for p in first + np.flatnonzero(~view.held_P[first : first + view.num_experts])]
+        return [int(p) for p in first + np.flatnonzero(view.not_here(first, first + view.num_experts))]
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class WholeRing(_Plain):
         found: list[int] = []
         for ahead in range(1, max(2, view.slots // view.num_experts)):
             first = (view.layer + ahead) % view.num_layers * view.num_experts
-            found += (first + np.flatnonzero(~view.held_P[first : first + view.num_experts])).tolist()
+            found += (first + np.flatnonzero(view.not_here(first, first + view.num_experts))).tolist()
         return found
 
 
@@ -189,7 +190,7 @@ class ByActivity(_Plain):
     def choose(self, view: View, outlook: Outlook) -> Sequence[int]:
         """Best first."""
         first = (view.layer + 1) * view.num_experts
-        predicted_P = np.where(view.held_P[first:], 0.0, view.predicted_LE.ravel()[first:])
+        predicted_P = view.predicted_LE.ravel()[first:] * view.not_here(first, view.held_P.size)
         most = min(outlook.num_copies + 1, len(predicted_P))
         if not most:
             return ()
@@ -216,13 +217,14 @@ class Threshold(_Plain):
             p_E = view.predicted_LE[layer]
             if not p_E.any():
                 continue
+            first = layer * view.num_experts
+            lacks_E = view.not_here(first, first + view.num_experts)
             order = np.argsort(-p_E, kind="stable")
             share = p_E[order].cumsum() / p_E.sum()
             most = max(view.top_k, int(np.searchsorted(share, needed)) + 1)
-            for expert in order[:most]:
-                place = layer * view.num_experts + int(expert)
-                if not view.held_P[place] and p_E[expert] > 0:
-                    found.append((-p_E[expert] / (layer - view.layer), place))
+            ids = order[:most]
+            ids = ids[lacks_E[ids] & (p_E[ids] > 0)]
+            found += zip((-p_E[ids] / (layer - view.layer)).tolist(), (first + ids).tolist(), strict=True)
         return [place for _, place in sorted(found)]
 
 
@@ -249,7 +251,7 @@ class Impact(_Plain):
             ids = ids[np.argsort(-predicted_E[ids], kind="stable")]
             load = np.maximum(1, np.rint(predicted_E[ids])).astype(np.int64)
             places = layer * view.num_experts + ids
-            is_here_N: NDArray[np.bool_] = view.held_P[places]
+            is_here_N: NDArray[np.bool_] = view.held_P[places] & ~view.coming_P[places]
             if is_here_N.all():
                 continue
             saved_N = savings(

@@ -30,7 +30,7 @@ class View:
             no scores, their tokens where it has neither.
         guessed: for each horizon h = 1, 2, ... tokens whose guess of layer + h names each expert, [E].
         last_use_LE: int64, step of the last use, -1 for never; num_uses_LE: steps with a use.
-        held_P: bool over places: on the device, or on its way there.
+        held_P: bool over places: on the device, or on its way there; coming_P: on its way.
         predicted_LE: expected use of experts in the layers to come of this step, 0 where nothing is said.
         confidence: how like what was matched for that is to what was seen, 0 to 1.
     """
@@ -54,7 +54,12 @@ class View:
         self.last_use_LE = np.full(shape, -1, np.int64)
         self.num_uses_LE = np.zeros(shape, np.int64)
         self.held_P = np.zeros(self.num_layers * self.num_experts, np.bool_)
+        self.coming_P = np.zeros_like(self.held_P)
         self.predicted_LE = np.zeros(shape)
+
+    def not_here(self, first: int, last: int) -> NDArray[np.bool_]:
+        """Which of the places first ... last - 1 are not on the device (yet)."""
+        return np.asarray(~self.held_P[first:last] | self.coming_P[first:last])
 
     def mark_used(self) -> None:
         """Count the layer's experts as used."""
