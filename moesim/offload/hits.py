@@ -61,7 +61,7 @@ def _pass(
     free_CL = np.stack([np.repeat(s.free, L) if is_shared else s.free_L for s in stores]).astype(np.int64)
     hits_C, needed = np.zeros(len(stores), np.int64), 0
     places_P = np.arange(L * E)
-    gone_P = np.zeros(L * E, np.bool_)
+    gone_P = np.zeros(L * E, np.int64)  # 1, 2, ... in the order of leaving
     follows = len(stores) == 1
     for row, load_LE in zip(rows, loads, strict=True):
         routing = routing_of(trace, row, load_LE, int(trace.request_T[row[0]]), False)
@@ -81,12 +81,13 @@ def _pass(
             if follows:
                 view.held_P = held_CP[0]
             worth = cache.worth(places_P[own], view)
-            gone_P[own] = False
+            gone_P[own] = 0
             free_C = free_CL[:, 0] if is_shared else free_CL[:, layer]
             _fill(held_CP[:, own], free_C, worth, layer * E + ids - own.start, hits_C, gone_P[own])
-            if follows and gone_P[own].any():
-                for place in own.start + np.flatnonzero(gone_P[own]):
-                    cache.left(int(place))
+            if follows:
+                (gone,) = gone_P[own].nonzero()
+                for place in gone[np.argsort(gone_P[own][gone])]:
+                    cache.left(int(own.start + place))
             needed += len(ids)
             view.mark_used()
     return hits_C / max(needed, 1)
@@ -97,7 +98,7 @@ def _fill(held_CP, free_C, worth_P, needed_N, hits_C, gone_P):  # type: ignore[n
     """Look the needed up in every cache, and let what is missing take slots."""
     for c in range(len(free_C)):
         held_P = held_CP[c]
-        missing = 0
+        missing = num_gone = 0
         for n in needed_N:
             if held_P[n]:
                 hits_C[c] += 1
@@ -117,11 +118,11 @@ def _fill(held_CP, free_C, worth_P, needed_N, hits_C, gone_P):  # type: ignore[n
             if where < 0:
                 break
             held_P[where] = False
-            gone_P[where] = True
+            num_gone += 1
+            gone_P[where] = num_gone
             free_C[c] += 1
             lacking -= 1
         for n in needed_N:
             if not held_P[n] and free_C[c] > 0:
                 held_P[n] = True
-                gone_P[n] = False
                 free_C[c] -= 1
