@@ -18,6 +18,8 @@ Expected before the first run: decoding gains of each part within a fifth, the s
 roughly: its length is not known. The cache by scores gains less here than published, since the traces hold the scores
 of the chosen experts only, and it lives from those that were nearly chosen.
 
+Slow: ten seconds of replays.
+
 Cannot speak about: the bars of figures 7 and 8, which have no printed values; Mixtral's routing, of which no trace is
 public.
 """

@@ -15,6 +15,8 @@ Expected before the first run: the GPU waits for a few tens of milliseconds a to
 hundreds where whole layers are streamed; on demand with 1 GB for experts costs what nearly all experts of a token
 take, 112 ms.
 
+Slow: ten seconds of replays.
+
 Cannot speak about: vLLM, Mixtral-Offloading, Ollama, whose times are those of their frameworks; Switch, NLLB, Arctic,
 for want of their routing.
 """

@@ -65,7 +65,7 @@ def tokens_per_s(system: str, answer: float, sequences: float, prefill_flops_per
 def fitted_sequences(system: str, answer: float, paper: float, prefill_flops_per_s: float) -> float:
     """Sequences in a batch that give a cell, by bisection."""
     low, high = 1.0, 1e5
-    for _ in range(80):
+    for _ in range(45):
         middle = (low + high) / 2
         low, high = (
             (middle, high) if tokens_per_s(system, answer, middle, prefill_flops_per_s) < paper else (low, middle)
@@ -77,7 +77,7 @@ def fitted_sequences(system: str, answer: float, paper: float, prefill_flops_per
 def fitted() -> tuple[float, float]:
     """Sequences of (p) and its prefill's FLOP/s, which give answers of 32 and 128."""
     low, high = 1e12, 65e12
-    for _ in range(60):
+    for _ in range(30):
         flops = (low * high) ** 0.5
         sequences = fitted_sequences("(p)", 128.0, TABLE["(p)"][2], flops)
         low, high = (flops, high) if tokens_per_s("(p)", 32.0, sequences, flops) < TABLE["(p)"][0] else (low, flops)

@@ -7,7 +7,7 @@ Setting: Switch Transformers base-128, large-128 and c2048, whose share of zeros
 (85.7, 86.4 and 88.6 %); weights are taken to be independent, the other two values alike. The dictionary is the 2^16
 likeliest sequences of at most 28 weights; weights are read by the longest word that fits.
 
-Lever: the share of zeros.
+Lever: the share of zeros, and with it the length of words.
 
 Expected before the first run: the entropy bound exactly; compression of experts within a tenth, as row offsets and
 scales are left out; sizes of whole models follow from their uncompressed ones.

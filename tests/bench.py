@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from bench_offload import offload
 from bench_serving import PEERS, serving
 
 from moesim.estimate import estimate
@@ -167,6 +168,7 @@ def main() -> None:
     figures.update(sampling())
     figures.update(opening())
     figures.update(fair_shares())
+    figures.update(offload())
 
     python = [sys.executable, "-c"]
     empty = statistics.median(seconds(lambda: subprocess.run([*python, ""], check=True)) for _ in range(ROUNDS))

@@ -163,5 +163,5 @@ def test_wrong_names_end_with_2(monkeypatch, capsys, asked):
 )
 def test_verdicts_are_the_committed_ones(study):
     judged = run_study(study)
-    assert any(c.is_testable for c in judged.claims)
+    assert any(c.is_testable for c in judged.claims) or all("not beside the project" in c.reason for c in judged.claims)
     assert [(c.says, c.verdict, c.ours) for c in judged.claims if c.has_changed] == []

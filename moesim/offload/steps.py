@@ -302,7 +302,6 @@ class OffloadedSteps:
         """Take copies out of the queue that nobody has begun or wants any longer."""
         gone = self._clock.withdraw("h2d", lambda task: task.priority == 0 or not wanted.isdisjoint(_places(task)))
         if gone:
-            self._done = [piece for piece in self._done if piece.task not in gone]
             self.store.give_up([place for task in gone for place in _places(task)])
 
     def _close(self) -> None:

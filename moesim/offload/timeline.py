@@ -100,9 +100,15 @@ class Timeline:
             self._enqueue(task)
 
     def withdraw(self, unit: str, keep: Callable[[Task], bool]) -> list[Task]:
-        """Take tasks out of a unit's queue that have not begun and that `keep` does not want; they never run."""
+        """Take tasks out of a unit's queue that have not begun and that `keep` does not want; they never run.
+
+        Returns:
+            them; they count as done, long ago.
+        """
         queue = self._ready.get(unit, [])
         out = [task for _, _, task in queue if task.start_s == inf and not keep(task)]
+        for task in out:
+            task.finish_s = -inf
         if out:
             gone = set(map(id, out))
             self._ready[unit] = []

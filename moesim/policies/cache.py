@@ -254,31 +254,29 @@ class ActivationAware(_Shared):
 
     def start(self, view: View, future: object = None) -> Cache:
         """The decision object for one run."""
-        return _ActivationAware(np.zeros(view.num_layers * view.num_experts), self, view)
+        return _ActivationAware(self, view)
 
 
 @dataclass
 class _ActivationAware(_Idle):
-    worth_P: Floats
     policy: ActivationAware
     view: View
 
     def __post_init__(self) -> None:
         L = self.view.num_layers
         self.share_LE = np.zeros((L, self.view.num_experts))
-        self.decay_L1 = (1 - np.arange(L) / L)[:, None]
+        self.decay_P = np.repeat(1 - np.arange(L) / L, self.view.num_experts)
 
     def used(self, view: View) -> None:
         """Predicted shares of the layers to come, and the true one of this layer."""
         later_LE = view.predicted_LE[view.layer + 1 :]
-        known_L = later_LE.any(axis=1)
-        self.share_LE[view.layer + 1 :][known_L] = later_LE[known_L]
+        if len(later_LE) and later_LE[0].any():  # all layers to come are predicted, or none
+            self.share_LE[view.layer + 1 :] = later_LE
         share_E = np.bincount(view.ids, view.load, view.num_experts)
         self.share_LE[view.layer] = share_E / share_E.sum()
-        self.worth_P = ((self.share_LE + self.policy.eps) * self.decay_L1).ravel()
 
     def worth(self, places: Ids, view: View) -> Floats:
-        return self.worth_P[places]
+        return (self.share_LE.ravel()[places] + self.policy.eps) * self.decay_P[places]
 
 
 @dataclass(frozen=True)

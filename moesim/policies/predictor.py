@@ -213,6 +213,8 @@ class _EAM:
         self.own_LE = np.zeros(shape[1:], np.float32)
         self.dots_C = np.zeros(policy.capacity, np.float32)
         self.norms_C = np.zeros(policy.capacity, np.float32)
+        self.best, self.shares_LE = np.zeros(0, np.int64), self.own_LE.copy()
+        self.nearness_L1 = (1 - np.arange(1, view.num_layers) / view.num_layers)[:, None].astype(np.float32)
 
     def begin(self, view: View) -> None:
         if (view.request, view.is_prefill) != (self.request, self.was_prefill):
@@ -232,11 +234,12 @@ class _EAM:
             return
         with np.errstate(invalid="ignore", divide="ignore"):
             likeness_C = np.nan_to_num(self.dots_C[: self.size] / np.sqrt(self.norms_C[: self.size]))
-        best = np.argsort(-likeness_C, kind="stable")[: self.policy.matched]
-        summed_LE = self.stored_CLE[best, layer + 1 :].sum(axis=0)
-        total_L1 = np.maximum(summed_LE.sum(axis=1, keepdims=True), 1e-9)
-        ahead_L1 = np.arange(1, len(summed_LE) + 1)[:, None]
-        view.predicted_LE[layer + 1 :] = view.top_k * summed_LE / total_L1 * (1 - ahead_L1 / view.num_layers)
+        best = np.sort(np.argsort(-likeness_C, kind="stable")[: self.policy.matched])
+        if not np.array_equal(best, self.best):
+            self.best, summed_LE = best, self.stored_CLE[best].sum(axis=0)
+            self.shares_LE = view.top_k * summed_LE / np.maximum(summed_LE.sum(axis=1, keepdims=True), 1e-9)
+        later = self.shares_LE[layer + 1 :]
+        np.multiply(later, self.nearness_L1[: len(later)], out=view.predicted_LE[layer + 1 :])
 
     def _store(self) -> None:
         norm = np.linalg.norm(self.own_LE)
@@ -246,6 +249,7 @@ class _EAM:
         else:
             place = int((self.stored_CLE.reshape(self.size, -1) @ self.own_LE.ravel()).argmax())
         self.stored_CLE[place] = self.own_LE / norm
+        self.best = np.zeros(0, np.int64)
         self.squares_CL[place] = (self.stored_CLE[place] ** 2).sum(axis=1)
         self.own_LE[:] = 0.0
 

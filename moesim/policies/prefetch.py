@@ -213,10 +213,8 @@ class Threshold(_Plain):
         """Of all layers that anything is said of, by p over distance."""
         needed = float(np.clip(1 - view.confidence, 0, 1))
         found: list[tuple[float, int]] = []
-        for layer in range(view.layer + 1, view.num_layers):
+        for layer in (view.layer + 1 + np.flatnonzero(view.predicted_LE[view.layer + 1 :].any(axis=1))).tolist():
             p_E = view.predicted_LE[layer]
-            if not p_E.any():
-                continue
             first = layer * view.num_experts
             lacks_E = view.not_here(first, first + view.num_experts)
             order = np.argsort(-p_E, kind="stable")
