@@ -64,17 +64,11 @@ def _pass(
     gone_P = np.zeros(L * E, np.int64)  # 1, 2, ... in the order of leaving
     follows = len(stores) == 1
     for row, load_LE in zip(rows, loads, strict=True):
-        routing = routing_of(trace, row, load_LE, int(trace.request_T[row[0]]), False)
-        view.step += 1
-        view.layer, view.request = -1, routing.request
-        view.predicted_LE[:] = 0.0
+        routing = routing_of(trace, row, load_LE, int(trace.request_T[row[0]]))
+        routing.begin(view)
         predictor.begin(view)
         for layer in range(L):
-            (ids,) = load_LE[layer].nonzero()
-            ids = ids[np.argsort(-load_LE[layer, ids], kind="stable")]
-            view.layer, view.ids, view.load = layer, ids, load_LE[layer, ids]
-            view.scores_E = routing.scores_LE[layer]
-            view.guessed = [g[layer] for g in routing.guessed if layer < len(g)]
+            routing.show(view, layer)
             predictor.look(view)
             cache.used(view)
             own = slice(0, L * E) if is_shared else slice(layer * E, (layer + 1) * E)
@@ -83,12 +77,12 @@ def _pass(
             worth = cache.worth(places_P[own], view)
             gone_P[own] = 0
             free_C = free_CL[:, 0] if is_shared else free_CL[:, layer]
-            _fill(held_CP[:, own], free_C, worth, layer * E + ids - own.start, hits_C, gone_P[own])
+            _fill(held_CP[:, own], free_C, worth, layer * E + view.ids - own.start, hits_C, gone_P[own])
             if follows:
                 (gone,) = gone_P[own].nonzero()
                 for place in gone[np.argsort(gone_P[own][gone])]:
                     cache.left(int(own.start + place))
-            needed += len(ids)
+            needed += len(view.ids)
             view.mark_used()
     return hits_C / max(needed, 1)
 

@@ -7,7 +7,7 @@ unit, of everything else in a layer, and bytes a second of the link.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from moesim.hardware import SOURCES
 from moesim.offload.routing import counted_LE, routing_of
 from moesim.offload.steps import OffloadedSteps
 from moesim.offload.store import ExpertStore, Uses
-from moesim.policies import REGISTRIES, SYSTEMS
+from moesim.policies import REGISTRIES, SYSTEMS, Policies
 from moesim.policies.cache import LRU
 from moesim.policies.executor import OnDemand
 from moesim.policies.predictor import NoPredictor
@@ -100,10 +100,14 @@ class PolicySet:
     executor: Any = field(default_factory=OnDemand)
 
     @classmethod
+    def named(cls, policies: Policies) -> PolicySet:
+        """Those that a scenario names."""
+        return cls(**{kind.name: REGISTRIES[kind.name][getattr(policies, kind.name)]() for kind in fields(cls)})
+
+    @classmethod
     def of(cls, name: str) -> PolicySet:
         """Those of a named system."""
-        chosen = {"executor": "on_demand", "predictor": "none", "prefetch": "none", "cache": "lru", **SYSTEMS[name]}
-        return cls(**{kind: REGISTRIES[kind][policy]() for kind, policy in chosen.items()})
+        return cls.named(Policies.of(SYSTEMS[name]))
 
 
 @dataclass(frozen=True, eq=False)

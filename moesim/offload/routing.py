@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.policies.view import View
 from moesim.routing.trace import RoutingTrace
 
 Floats = NDArray[np.float64]
@@ -29,6 +30,21 @@ class Routing:
     guessed: Sequence[Floats] = ()
     request: int = 0
     is_prefill: bool = False
+
+    def begin(self, view: View) -> None:
+        """The step begins: nothing is predicted yet."""
+        view.step += 1
+        view.layer, view.request, view.is_prefill = -1, self.request, self.is_prefill
+        view.predicted_LE[:] = 0.0
+
+    def show(self, view: View, layer: int, computes_E: NDArray[np.bool_] | None = None) -> None:
+        """A layer's router has chosen; `computes_E`: experts that have weights, all where it is None."""
+        load_E = self.load_LE[layer]
+        (ids,) = load_E.nonzero() if computes_E is None else (computes_E & (load_E > 0)).nonzero()
+        ids = ids[np.argsort(-load_E[ids], kind="stable")]
+        view.layer, view.ids, view.load = layer, ids, load_E[ids]
+        view.scores_E = self.scores_LE[layer]
+        view.guessed = [guessed_LE[layer] for guessed_LE in self.guessed if layer < len(guessed_LE)]
 
 
 def counted_LE(ids_TLK: NDArray[np.unsignedinteger], num_experts: int, weights: Floats | None = None) -> NDArray[Any]:

@@ -9,13 +9,10 @@ from numpy.typing import NDArray
 
 from moesim.costs.operators import Operators
 from moesim.offload.prices import Prices, host_of
+from moesim.offload.replay import PolicySet
 from moesim.offload.routing import counted_LE, routing_of
 from moesim.offload.steps import OffloadedSteps
 from moesim.offload.store import ExpertStore
-from moesim.policies.cache import CACHES
-from moesim.policies.executor import EXECUTORS
-from moesim.policies.predictor import PREDICTORS
-from moesim.policies.prefetch import PREFETCHERS
 from moesim.policies.view import View
 from moesim.program.iterations import Iteration, Iterations
 from moesim.program.operation import Played
@@ -29,20 +26,20 @@ class OffloadedRun:
         self._trace, policies = s.trace, s.policies
         L, E = len(s.model.moe_layers), s.model.experts.num_experts
         view = View(L, E, s.model.experts.top_k)
-        cache, predictor = CACHES[policies.cache](), PREDICTORS[policies.predictor]()
+        chosen = PolicySet.named(policies)
+        cache, predictor = chosen.cache, chosen.predictor
         future_SLE = self._future_SLE() if cache.needs_future or predictor.needs_future else None
         used_SLE = future_SLE > 0 if future_SLE is not None and cache.needs_future else None
         slots = L * int(np.ceil(E * policies.device_expert_fraction))
         history_LE = self._history_LE() if cache.needs_history else None
         store = ExpertStore(view, slots, cache, used_SLE, history_LE)
-        executor = EXECUTORS[policies.executor]()
-        host = host_of(s.cluster, executor.numa_aware)
+        host = host_of(s.cluster, chosen.executor.numa_aware)
         self.prices = Prices(s.model, s.cluster, iterations.operators(iterations.bound), host)
         self.steps = OffloadedSteps(
-            store, self.prices, executor, PREFETCHERS[policies.prefetch](),
+            store, self.prices, chosen.executor, chosen.prefetch,
             predictor.start(view, future_SLE, s.stream("predictor")), s.model.moe_layers,
         )  # fmt: skip
-        self._host_operators = Operators(host, iterations.bound) if executor.whole_layers and host else None
+        self._host_operators = Operators(host, iterations.bound) if chosen.executor.whole_layers and host else None
         self._num_steps = 0
 
     def play(self, iteration: Iteration) -> Played:

@@ -85,8 +85,8 @@ class OffloadedSteps:
     """One run: the store, the clock, and the policies' states go from step to step.
 
     Args:
-        layer_names: index in the model of each MoE layer.
         executor, prefetcher: policies; predictor: the decision object of one run.
+        layers: index in the model of each MoE layer.
     """
 
     def __init__(
@@ -129,9 +129,7 @@ class OffloadedSteps:
     def pass_step(self, program: Program, costs: Costs, routing: Routing, on_host: Costs | None = None) -> float:
         """The same without a record of it; its seconds."""
         began_s, view = self._clock.now_s, self.view
-        view.step += 1
-        view.layer, view.request, view.is_prefill = -1, routing.request, routing.is_prefill
-        view.predicted_LE[:] = 0.0
+        routing.begin(view)
         self._predictor.begin(view)
         self._done = [piece for piece in self._done if piece.task.finish_s == inf]
         ends: list[list[Task]] = []
@@ -170,19 +168,13 @@ class OffloadedSteps:
         if view.layer >= 0:
             self._close()
         self._layer_s, self._layer_began_s = now_s - self._layer_began_s if layer else self._layer_s, now_s
-        load_E = routing.load_LE[layer]
-        (ids,) = load_E.nonzero()
-        ids = ids[self.prices.bytes_E[ids] > 0]
-        ids = ids[np.argsort(-load_E[ids], kind="stable")]
-        view.layer, view.ids, view.load = layer, ids, load_E[ids]
-        view.scores_E = routing.scores_LE[layer]
-        view.guessed = [guessed_LE[layer] for guessed_LE in routing.guessed if layer < len(guessed_LE)]
+        routing.show(view, layer, self.prices.bytes_E > 0)
         self._predictor.look(view)
         store.used()
-        places = layer * view.num_experts + ids
+        places = layer * view.num_experts + view.ids
         is_here_N, is_coming_N = store.count(places)
-        plan = self._executor.plan(self._work(is_here_N, is_coming_N))
-        ends = self._compute(layer, plan, is_here_N, is_coming_N, places)
+        work = self._work(is_here_N, is_coming_N)
+        ends = self._compute(layer, self._executor.plan(work), work, places)
         self._send_ahead()
         return [*after, *ends]
 
@@ -195,25 +187,22 @@ class OffloadedSteps:
             clock.queued_s("compute"), clock.left_s("cpu"), clock.left_s("h2d"),
         )  # fmt: skip
 
-    def _compute(
-        self, layer: int, plan: Plan, is_here_N: NDArray[np.bool_], is_coming_N: NDArray[np.bool_], places: Ids
-    ) -> list[Task]:
+    def _compute(self, layer: int, plan: Plan, work: Work, places: Ids) -> list[Task]:
         """Queue the layer's copies and computations; what the next layer waits for."""
         view, prices, store = self.view, self.prices, self.store
         ends, self._deferred = self._deferred, []
-        gpu_s = prices.gpu_s(view.ids, view.load)
-        on_gpu_N = plan.unit_N == GPU
+        gpu_s, is_here_N, on_gpu_N = work.gpu_s, work.is_here, plan.unit_N == GPU
         if (is_here_N & on_gpu_N).any():
             seconds = float(gpu_s[is_here_N & on_gpu_N].sum()) + prices.launch_s
             ends.append(self._piece("experts", layer, "compute", seconds, prices.gpu_shares_X))
         on_cpu = np.flatnonzero(plan.unit_N == CPU)
         if len(on_cpu):
-            ends += self._on_cpu(layer, on_cpu, plan.deferred)
+            ends += self._on_cpu(layer, on_cpu, work.cpu_s, plan.deferred)
         on_near = plan.unit_N == NEAR
         if on_near.any():
             is_beside = not is_here_N[on_near].all()
             seconds = prices.near_start_s(int(view.load[on_near].sum()), is_beside)
-            seconds += float(prices.near_s(view.ids, view.load)[on_near].sum())
+            seconds += float(work.near_s[on_near].sum())
             num_bytes = float(prices.bytes_E[view.ids[on_near]].sum())
             ends.append(self._piece("near_experts", layer, "near", seconds, prices.near_shares_X, num_bytes=num_bytes))
         copies: dict[int, Task] = {}
@@ -224,7 +213,7 @@ class OffloadedSteps:
                 store.send([int(places[n])], copies[n], is_early=False)
         for n in np.flatnonzero(on_gpu_N & ~is_here_N).tolist():
             place = int(places[n])
-            if is_coming_N[n]:
+            if work.is_coming[n]:
                 copies[n] = store.coming.get(place) or store.stages[place]
                 self._clock.urge(copies[n], 0.0)
             ends.append(
@@ -234,10 +223,9 @@ class OffloadedSteps:
             )
         return ends
 
-    def _on_cpu(self, layer: int, on_cpu: Ids, deferred: frozenset[int]) -> list[Task]:
+    def _on_cpu(self, layer: int, on_cpu: Ids, cpu_s: Floats, deferred: frozenset[int]) -> list[Task]:
         """One burst of experts on the CPU, and one of those that are deferred."""
         view, prices = self.view, self.prices
-        cpu_s = prices.cpu_s(view.ids, view.load)
         ends: list[Task] = []
         cold_s = prices.cold_s + prices.hop_s
         for later in (False, True):
