@@ -50,7 +50,8 @@ ALL_HERE = "all experts fit"
 
 def fit_model(box: Box, model: ModelSpec, told: Callable[[], None] = lambda: None) -> Fit:
     """Try every system, then every upgrade with the two that were best. `told` is called after each run."""
-    whole = box.scenario(model, "on_demand")
+    trace = box.trace(model)
+    whole = box.scenario(model, trace, "on_demand")
     mistakes = whole.mistakes()
     if mistakes:
         return Fit(model.name, on_device=whole.policies.device_expert_fraction, reason=_short(mistakes[0]))
@@ -58,15 +59,16 @@ def fit_model(box: Box, model: ModelSpec, told: Callable[[], None] = lambda: Non
     systems = box.systems if fraction < 1 else ["on_demand"]
     rates = {}
     for system in systems:
-        rates[system] = _rate(box.scenario(model, system))
+        rates[system] = _rate(box.scenario(model, trace, system))
         told()
     rates = dict(sorted(rates.items(), key=lambda pair: -pair[1]))
     best = next(iter(rates))
-    result = run(box.scenario(model, best), "estimate")
+    result = run(box.scenario(model, trace, best), "estimate")
     low, high = result.intervals.get("output_tokens_per_s", (rates[best],) * 2)
     gains = {}
     for upgrade in UPGRADES:
-        gains[upgrade] = max(_rate(box.scenario(model, system, upgrade)) for system in list(rates)[:2]) / rates[best]
+        better = [_rate(box.scenario(model, trace, system, upgrade)) for system in list(rates)[:2]]
+        gains[upgrade] = max(better) / rates[best]
         told()
     if fraction == 1:
         rates = {ALL_HERE: rates[best]}

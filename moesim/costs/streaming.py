@@ -1,6 +1,6 @@
 """Throughput of a model whose weights are streamed from host memory to the GPU in every step, for large batches.
 
-All times are of one step of the whole model: every weight that is not on the GPU crosses the link once, whatever the
+All times are of one step of the whole model: every weight crosses the link once, whatever the
 batch; computation and the caches that are read grow with it. What overlaps does not add up.
 """
 
@@ -14,7 +14,7 @@ class Streams:
     """A model and a machine, as numbers.
 
     Attributes:
-        weight_bytes: of all weights; resident_bytes: of those that stay on the GPU.
+        weight_bytes: of all weights.
         kv_bytes: of the cache of one token, all layers; flops: of one token, all layers.
         link_bytes_per_s: host to device, as measured; host_bytes: memory for weights and caches.
         gpu_flops_per_s: as reached; cpu_kv_bytes_per_s: caches that attention on the CPU reads.
@@ -29,12 +29,11 @@ class Streams:
     cpu_kv_bytes_per_s: float = float("inf")
     host_bytes: float = float("inf")
     host_bytes_per_s: float = float("inf")
-    resident_bytes: float = 0.0
 
     @property
     def streaming_s(self) -> float:
         """Of the weights of one step."""
-        return (self.weight_bytes - self.resident_bytes) / self.link_bytes_per_s
+        return self.weight_bytes / self.link_bytes_per_s
 
     def host_sequences(self, tokens: float) -> float:
         """Sequences of so many tokens whose caches fit in host memory beside the weights."""
@@ -50,7 +49,7 @@ class Streams:
         20.0
         """
         kv_bytes = sequences * context * self.kv_bytes
-        moved = self.weight_bytes - self.resident_bytes
+        moved = self.weight_bytes
         if not kv_on_gpu:
             moved += (1 - cpu_share) * kv_bytes
         read = moved + cpu_share * kv_bytes

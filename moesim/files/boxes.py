@@ -10,13 +10,14 @@ from typing import Any
 from moesim.files.hardware import load_cluster
 from moesim.files.keys import nearest
 from moesim.files.models import load_model, preset_names
-from moesim.files.scenarios import apply_change, existing, made_up_trace
+from moesim.files.scenarios import changed_toml, existing, made_up_trace
 from moesim.files.structure import structure
-from moesim.files.tables import raise_all, read_toml
+from moesim.files.tables import raise_all
 from moesim.hardware import Cluster, Link
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.model import Dtypes, ModelSpec
 from moesim.policies import SYSTEMS, Policies
+from moesim.routing.trace import RoutingTrace
 from moesim.scenario import Scenario
 from moesim.workload import Workload
 
@@ -57,13 +58,17 @@ class Box:
     stickiness: float
     plain: Mapping[str, Any]
 
-    def scenario(self, model: ModelSpec, system: str, upgrade: str = "") -> Scenario:
+    def trace(self, model: ModelSpec) -> RoutingTrace:
+        """Made-up routing of a model."""
+        return made_up_trace(model, f"sticky:{self.stickiness}")
+
+    def scenario(self, model: ModelSpec, trace: RoutingTrace, system: str, upgrade: str = "") -> Scenario:
         """One model with one set of policies, as many experts on the device as fit, on the machine or a better one."""
         cluster = upgraded(self.cluster, upgrade)
         one = Scenario(
             name=f"{model.name}, {system}", model=model, cluster=cluster,
             layout=Layout(AttentionGrid(), ExpertGrid()), workload=self.workload,
-            trace=made_up_trace(model, f"sticky:{self.stickiness}"),
+            trace=trace,
             policies=Policies.of(SYSTEMS[system], 0.0), plain=self.plain,
         )  # fmt: skip
         fraction = one.fitting_expert_fraction()
@@ -98,10 +103,8 @@ def load_box(path: str | Path, changes: Sequence[str] = ()) -> Box:
         ValueError: one message with every mistake in the file.
     """
     path = Path(path)
-    values = read_toml(path)
     mistakes: list[str] = []
-    for change in changes:
-        apply_change(values, change, mistakes)
+    values = changed_toml(path, changes, mistakes)
     known = ("name", "box", "workload", "dtypes")
     mistakes += [f"{key}: unknown key; {nearest(key, known)}" for key in values if key not in known]
     asked = structure(Asked, values.get("box", {}), "box", mistakes)

@@ -95,10 +95,8 @@ def read_setups(path: str | Path, changes: Sequence[str], build: Build[B]) -> li
         ValueError: one message with every mistake in the file.
     """
     path = Path(path)
-    values = read_toml(path)
     mistakes: list[str] = []
-    for change in changes:
-        apply_change(values, change, mistakes)
+    values = changed_toml(path, changes, mistakes)
     beside = values.pop("beside", {})
     values.setdefault("name", path.stem)
     variants: list[tuple[str, dict[str, Any]]] = [("", values)]
@@ -121,7 +119,15 @@ def read_setups(path: str | Path, changes: Sequence[str], build: Build[B]) -> li
     return [setup for setup in setups if setup is not None]
 
 
-def apply_change(values: dict[str, Any], change: str, mistakes: list[str]) -> None:
+def changed_toml(path: Path, changes: Sequence[str], mistakes: list[str]) -> dict[str, Any]:
+    """The values of a file after every --set."""
+    values = read_toml(path)
+    for change in changes:
+        _apply(values, change, mistakes)
+    return values
+
+
+def _apply(values: dict[str, Any], change: str, mistakes: list[str]) -> None:
     """Carry out one --set."""
     key, equals, text = change.partition("=")
     if not equals or not key.strip():

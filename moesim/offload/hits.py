@@ -38,13 +38,12 @@ def hit_rates_C(
     predictor = predictor or NoPredictor()
     needs_future = policy.needs_future or predictor.needs_future
     future_SLE = np.stack(loads).astype(np.int32) if needs_future else None
-    used_SLE = None if future_SLE is None else future_SLE > 0
     known_LE = counted_LE(trace.expert_ids_TLK[history], E) if history is not None else None
     by_size = policy.follows_slots
     found = []
     for group in [[c] for c in slots] if by_size else [list(slots)]:
         views = [View(L, E, trace.top_k) for _ in group]
-        stores = [ExpertStore(view, c, policy, used_SLE, known_LE) for view, c in zip(views, group, strict=True)]
+        stores = [ExpertStore(view, c, policy, future_SLE, known_LE) for view, c in zip(views, group, strict=True)]
         started = predictor.start(views[0], future_SLE, np.random.default_rng(seed))
         found.append(_pass(trace, rows, loads, stores, started))
     return np.concatenate(found)

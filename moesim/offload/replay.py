@@ -142,9 +142,8 @@ def replay(
     loads = [counted_LE(trace.expert_ids_TLK[row], E) for row in rows]
     needs_future = cache.needs_future or predictor.needs_future
     future_SLE = np.stack(loads).astype(np.int32) if needs_future else None
-    used_SLE = None if future_SLE is None else future_SLE > 0
     known_LE = counted_LE(trace.expert_ids_TLK[history], E) if history is not None else None
-    store = ExpertStore(view, slots, cache, used_SLE, known_LE)
+    store = ExpertStore(view, slots, cache, future_SLE, known_LE)
     rng = np.random.default_rng(seed)
     steps = OffloadedSteps(
         store, replace(times, num_experts=E), policies.executor, policies.prefetch,

@@ -29,10 +29,9 @@ class OffloadedRun:
         chosen = PolicySet.named(policies)
         cache, predictor = chosen.cache, chosen.predictor
         future_SLE = self._future_SLE() if cache.needs_future or predictor.needs_future else None
-        used_SLE = future_SLE > 0 if future_SLE is not None and cache.needs_future else None
         slots = L * int(np.ceil(E * policies.device_expert_fraction))
         history_LE = self._history_LE() if cache.needs_history else None
-        store = ExpertStore(view, slots, cache, used_SLE, history_LE)
+        store = ExpertStore(view, slots, cache, future_SLE, history_LE)
         host = host_of(s.cluster, chosen.executor.numa_aware)
         self.prices = Prices(s.model, s.cluster, iterations.operators(iterations.bound), host)
         self.steps = OffloadedSteps(

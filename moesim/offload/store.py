@@ -43,7 +43,7 @@ class ExpertStore:
     Args:
         slots: experts that fit, over all layers.
         policy: of `moesim.policies.cache.CACHES`.
-        future: bool [S, L, E], for oracles only. history_LE: uses in earlier requests.
+        future_SLE: tokens of each expert in each step, for oracles only. history_LE: uses in earlier requests.
 
     Attributes:
         cache: the policy's decision object; is_shared: whether layers share the slots.
@@ -52,7 +52,7 @@ class ExpertStore:
     """
 
     def __init__(
-        self, view: View, slots: int, policy: Any, future: NDArray[np.bool_] | None = None,
+        self, view: View, slots: int, policy: Any, future_SLE: NDArray[np.integer] | None = None,
         history_LE: NDArray[np.int64] | None = None,
     ) -> None:  # fmt: skip
         L, E = view.num_layers, view.num_experts
@@ -71,7 +71,7 @@ class ExpertStore:
         view.held_P[first_P] = True
         self.free -= len(first_P)
         np.subtract.at(self.free_L, first_P // E, 1)
-        self.cache = policy.start(view, future)
+        self.cache = policy.start(view, future_SLE > 0 if future_SLE is not None and policy.needs_future else None)
 
     @property
     def num_held(self) -> int:
