@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moesim.estimate import estimate
 from moesim.files.hardware import load_device
+from moesim.files.models import load_model
 from moesim.offload.hits import hit_rates_C
 from moesim.offload.replay import PolicySet, UnitTimes, replay
 from moesim.offload.run import OffloadedRun
@@ -387,3 +388,31 @@ def test_hot_experts_are_copied_as_bandwidths_balance():
     plan = HotCold().plan(work)
     assert len(plan.copies) == n * (1 / 3) / (1 / 3 + 1) and (plan.unit_N[plan.copies] == GPU).all()
     assert (plan.unit_N == NEAR).sum() == n - 3
+
+
+@pytest.mark.parametrize("prefetch", PREFETCHERS)
+def test_a_prefetcher_names_experts_of_layers_to_come_that_are_not_here(prefetch, monkeypatch):
+    """The next layers, around the end where it goes by layers; each at most once."""
+    policy, asked = PREFETCHERS[prefetch], []
+    choose = policy.choose
+
+    def seen(self, view, outlook):
+        found = list(choose(self, view, outlook))
+        asked.append((view.layer, found, view.not_here(0, view.held_P.size)[found].all(), len(set(found))))
+        return found
+
+    monkeypatch.setattr(policy, "choose", seen)
+    predictor = "oracle_stated" if policy.needs_predictions else "none"
+    played(offloaded(0.5, heads=512, outputs=20, cache="lru", predictor=predictor, prefetch=prefetch))
+    assert any(found for _, found, _, _ in asked) == (prefetch != "none")
+    for layer, found, all_lack, num_distinct in asked:
+        assert all_lack and num_distinct == len(found)
+        assert policy.bulk or all(place // 8 > layer for place in found)
+
+
+def test_pre_gated_transfers():
+    """One expert of Switch-Large in 32 bits over 32 GB/s takes 1.05 ms, all 128 of a block 134 ms."""
+    experts = load_model("switch-large-128").experts
+    times = UnitTimes(4.0 * experts.expert_params(1024, experts.expert_widths[0]), 32e9)
+    assert times.copy_s == pytest.approx(1.05e-3, rel=0.01)
+    assert experts.num_experts * times.copy_s == pytest.approx(134e-3, rel=0.01)
