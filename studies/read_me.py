@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from moesim.offload.hits import hit_rates_C
 from moesim.policies.cache import LRU, OracleBelady, Random
+from moesim.policies.grouping import LongestQueue
 from moesim.routing.synthetic import sticky_trace
 from moesim.routing.trace import RoutingTrace
 from moesim.study import Claim
@@ -87,8 +88,7 @@ def unique_by_queue(tokens: int) -> float:
     at_R, found = np.zeros(REQUESTS, np.int64), []
     while (at_R < len(ids_SR)).all():
         waiting_R = ids_SR[at_R, np.arange(REQUESTS)]
-        order = np.argsort(-np.bincount(waiting_R, minlength=EXPERTS)[waiting_R] * REQUESTS + waiting_R, kind="stable")
-        taken = order[:tokens]
+        taken = LongestQueue().batch(waiting_R[:, None, None], EXPERTS, tokens)
         found.append(len(set(waiting_R[taken].tolist())))
         at_R[taken] += 1
     return float(np.mean(found))

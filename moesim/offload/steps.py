@@ -131,6 +131,8 @@ class OffloadedSteps:
         began_s, view = self._clock.now_s, self.view
         routing.begin(view)
         self._predictor.begin(view)
+        if view.predicted_LE.any():
+            self._send_ahead()
         self._done = [piece for piece in self._done if piece.task.finish_s == inf]
         ends: list[list[Task]] = []
         for n, op in enumerate(program.operations):

@@ -1,6 +1,7 @@
 """Prefetch: which experts of the layers to come should travel now? Decision: places, first things first.
 
-It is asked when a layer's router has chosen and its own copies are queued, which go first. Places that were chosen
+It is asked when a layer's router has chosen and its own copies are queued, which go first, and when a step begins, if
+anything is predicted by then (`view.layer` is -1). Places that were chosen
 before and are still waiting for the link are given up if they are not chosen again.
 """
 
@@ -182,7 +183,7 @@ class WholeRing(_Plain):
 class ByActivity(_Plain):
     """All layers to come, those predicted most first, as many as travel while a layer is computed and one more.
 
-    Source: MoE-Infinity (arXiv 2401.14361), section 5; ExpertFlow (arXiv 2410.17954), section III-D.
+    Source: MoE-Infinity (arXiv 2401.14361), section 5.
     """
 
     preempts: ClassVar[bool] = True
@@ -197,6 +198,22 @@ class ByActivity(_Plain):
         best = np.argpartition(-predicted_P, most - 1)[:most]
         best = best[np.argsort(-predicted_P[best], kind="stable")]
         return [first + int(p) for p in best if predicted_P[p] > 0]
+
+
+@dataclass(frozen=True)
+class WholePathAhead(_Plain):
+    """All that is predicted, the nearest layer first, as many as have slots. A miss goes before all of it.
+
+    Source: ExpertFlow (arXiv 2410.17954), section III-D.
+    """
+
+    preempts: ClassVar[bool] = True
+
+    def choose(self, view: View, outlook: Outlook) -> Sequence[int]:
+        """Layer by layer."""
+        first = (view.layer + 1) * view.num_experts
+        wanted_P = (view.predicted_LE.ravel()[first:] > 0) & view.not_here(first, view.held_P.size)
+        return list((first + np.flatnonzero(wanted_P)[: view.slots]).tolist())
 
 
 @dataclass(frozen=True)
@@ -268,6 +285,7 @@ PREFETCHERS: Mapping[str, type[Any]] = {
     "whole_layer": WholeLayer,
     "whole_ring": WholeRing,
     "by_activity": ByActivity,
+    "whole_path_ahead": WholePathAhead,
     "threshold": Threshold,
     "impact": Impact,
 }

@@ -22,7 +22,7 @@ SYSTEMS: Mapping[str, Mapping[str, str]] = {
     "on_demand": {"cache": "lru"},
     "prefetch_all": {"cache": "ring", "prefetch": "whole_layer"},
     # DAC 2026, arXiv 2410.17954.
-    "expertflow": {"cache": "plec", "predictor": "whole_path", "prefetch": "by_activity"},
+    "expertflow": {"cache": "plec", "predictor": "whole_path", "prefetch": "whole_path_ahead"},
     # arXiv 2502.12224.
     "fate": {"cache": "shallow_first", "predictor": "next_layer_gate", "prefetch": "widened"},
     # ICCAD 2024, arXiv 2408.10284.
