@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moesim.offload.run import OffloadedRun
+from moesim.offload.streamed import streamed
 from moesim.program.iterations import Iterations
 from moesim.program.walk import walk
 from moesim.results import Result
@@ -17,6 +18,8 @@ def estimate(scenario: Scenario, bound: str = "value", timeline: int = 0) -> Res
         bound: "value", or the "low" or "high" end of the believed efficiencies.
         timeline: iterations of each phase that leave their records.
     """
+    if scenario.is_streamed:
+        return streamed(scenario, bound, "estimate", timeline)
     iterations = Iterations(scenario, bound)
     tally, now_s = Tally(iterations, "estimate", timeline), 0.0
     offloaded = OffloadedRun(iterations) if scenario.is_offloaded else None

@@ -85,6 +85,7 @@ class Cluster:
         host: the CPU socket type, or None for a bare device.
         num_hosts: sockets per node.
         near: logic beside a memory: the device's own, or, where experts are offloaded, the one that holds them.
+        disk: of a node, which holds the experts that fit in no memory.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Cluster:
     host: Device | None = None
     num_hosts: int = 0
     near: Device | None = None
+    disk: Device | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -27,6 +27,7 @@ BYTES_PER_PARAM: Mapping[str, float] = {
     "mxfp4": 0.5 + 1.0 / 32,  # one 8-bit exponent for each block of 32 (OCP MX)
     "nvfp4": 0.5 + 1.0 / 16,  # one fp8 scale for each block of 16
     "ternary": 1.6 / 8,  # five ternary digits packed in one byte
+    "ternary_words": 0.807 / 8,  # words of 16 bits for up to 28 ternary weights (QMoE, arXiv 2310.16795, c2048)
 }
 """Stored bytes for one weight, scales included."""
 

@@ -18,6 +18,7 @@ from moesim.hardware import Cluster
 from moesim.layout import Layout
 from moesim.model import BYTES_PER_PARAM, Experts, ModelSpec
 from moesim.policies import REGISTRIES, Policies
+from moesim.policies.batching import BATCHINGS
 from moesim.policies.cache import CACHES
 from moesim.policies.collective import ALL_TO_ALLS
 from moesim.policies.executor import EXECUTORS
@@ -64,7 +65,14 @@ class Scenario:
     def is_offloaded(self) -> bool:
         """Whether some experts live in host memory, or are computed beside the device's own."""
         executor = EXECUTORS.get(self.policies.executor)
+        if self.is_streamed:
+            return False
         return self.policies.device_expert_fraction < 1 or getattr(executor, "needs", "") == "near"
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether all weights cross the host link in every step, for batches that a policy chooses."""
+        return bool(getattr(BATCHINGS.get(self.policies.batching), "streams", False))
 
     @property
     def needs_history(self) -> bool:
@@ -91,6 +99,13 @@ class Scenario:
         ]
         fullest = max(stages, key=lambda parts: sum(parts.values()))
         return fullest | {"capacity": self.cluster.device.memory.capacity_bytes}
+
+    def host_bytes(self) -> tuple[float, float]:
+        """Experts that are not on the device, and the memory of the node's host."""
+        h, layers, host = self.model.hidden_size, self.model.moe_layers, self.cluster.host
+        routed = sum(ffn.routed_params(h) for i in layers if isinstance(ffn := self.model.layers[i].ffn, Experts))
+        away = (1 - self.policies.device_expert_fraction) * BYTES_PER_PARAM[self.model.dtypes.experts] * routed
+        return away, host.memory.capacity_bytes * max(self.cluster.num_hosts, 1) if host else 0.0
 
     def fitting_expert_fraction(self) -> float:
         """The largest share of each layer's experts, in whole experts, that fits on the device beside all else; 0 if
@@ -119,7 +134,7 @@ class Scenario:
             found.append(f"calibration: fitted with kernels of {self.calibration.kernels!r}; {wanted}")
         if self.engine not in ("simulate", "estimate"):
             found.append(f'engine: must be "simulate" or "estimate", given {self.engine!r}')
-        if found:
+        if found or self.is_streamed:
             return found
         used = self.memory_bytes()
         capacity = used.pop("capacity")
@@ -153,7 +168,26 @@ class Scenario:
                 f"policies: placement {self.policies.placement!r} or cache {self.policies.cache!r} goes by the load of "
                 f"requests that are not replayed; trace {self.trace.name!r} has one request"
             )
+        found += self._streaming_mistakes() if self.is_streamed else []
         return found + (self._offload_mistakes() if self.is_offloaded else [])
+
+    def _streaming_mistakes(self) -> list[str]:
+        """Of what a machine must have for weights to stream."""
+        key, host = f"policies.batching: {self.policies.batching!r}", self.cluster.host
+        if self.cluster.num_ranks != 1 or host is None:
+            return [f"{key} streams weights to one device from its host's memory; use a machine with both"]
+        found = []
+        if self.workload.num_speculative_tokens:
+            found.append(f"{key} does not draft; set workload.num_speculative_tokens to 0")
+        longest = self.workload.output_tokens + (self.workload.prompt_tokens or 1)
+        needed = self.model.weight_bytes + longest * self.model.kv_bytes_per_token
+        room = host.memory.capacity_bytes * max(self.cluster.num_hosts, 1)
+        if needed > room:
+            found.append(
+                f"memory: weights and the cache of one request are {needed / 2**30:.0f} GiB, host memory has "
+                f"{room / 2**30:.0f} GiB; use a smaller dtype, or a larger host_memory_bytes of the node"
+            )
+        return found
 
     def _offload_mistakes(self) -> list[str]:
         """Of policies that only experts in host memory need."""
@@ -168,17 +202,19 @@ class Scenario:
                 f"policies.prefetch: {policies.prefetch!r} needs a predictor; set policies.predictor to "
                 f'{", ".join(name for name in PREDICTORS if name != "none")}, or prefetch to "none"'
             )
-        if (host := self.cluster.host) is not None:
-            h, layers = self.model.hidden_size, self.model.moe_layers
-            routed = sum(ffn.routed_params(h) for i in layers if isinstance(ffn := self.model.layers[i].ffn, Experts))
-            away = (1 - policies.device_expert_fraction) * BYTES_PER_PARAM[self.model.dtypes.experts] * routed
-            room = host.memory.capacity_bytes * max(self.cluster.num_hosts, 1)
-            if away > room:
-                found.append(
-                    f"memory: {away / 2**30:.0f} GiB of experts stay in host memory, which has {room / 2**30:.0f} GiB; "
-                    "use a smaller dtype, a larger host_memory_bytes of the node, or more experts on the device"
-                )
-        unit = getattr(EXECUTORS.get(policies.executor), "needs", "")
+        host, disk, unit = self.cluster.host, self.cluster.disk, getattr(EXECUTORS.get(policies.executor), "needs", "")
+        away, room = self.host_bytes()
+        if host is not None and away > room and (disk is None or unit == "near"):
+            found.append(
+                f"memory: {away / 2**30:.0f} GiB of experts stay in host memory, which has {room / 2**30:.0f} GiB; "
+                "use a smaller dtype, a larger host_memory_bytes of the node, more experts on the device, or a node "
+                'with a disk, such as disk = "nvme-pcie4"'
+            )
+        elif disk is not None and away > room and away > disk.memory.capacity_bytes:
+            found.append(
+                f"memory: {away / 2**30:.0f} GiB of experts fit neither in host memory nor on the disk of "
+                f"{disk.memory.capacity_bytes / 2**30:.0f} GiB; use a smaller dtype or a larger disk"
+            )
         if unit == "cpu" and (host is None or not host.flops_per_s):
             found.append(f"policies.executor: {policies.executor!r} needs a CPU, which {self.cluster.name!r} has not")
         if unit == "near" and self.cluster.near is None:

@@ -1,20 +1,22 @@
 """ExpertFlow (arXiv 2410.17954): a predictor of the whole path, a cache that follows it, and tokens regrouped by route.
 
 Question: how much oftener is an expert on the GPU when all layers are known in 9 of 10 cases before the first, how
-much faster is that than copying whole layers, and what does it bring to put tokens together that use the same experts?
+much faster is that than copying whole layers, and what does it bring to put tokens together that use the same
+experts?
 
 Setting: Switch-32 and Switch-128 in 16 bits (12 MoE layers) on an A40, 24 GB/s to its host, 16 experts of each layer
 in its memory; batches of single tokens. Their routing is not public: it is made up, every request of a batch with
 preferences of its own among the experts of a layer, drawn from a Dirichlet distribution whose concentration is fitted
-to what LRU hits at batch 4. The predictor is right with probability 0.92, as the paper says of its own domain. A layer
-computes for 2 ms, which is assumed: experts are little beside the framework. Memory: everything but the routed
+to what LRU hits at batch 4. The predictor is right with probability 0.92, as the paper says of its own domain. A
+layer computes for 2 ms, which is assumed: experts are little beside the framework. Memory: everything but the routed
 experts, and 4 slots in each layer, from the packaged models; DeepSeek-MoE from its makers' sizes. Regrouping: tokens
 drawn at random from DeepSeek-V2-Lite's capture (ESFT), where it lies beside the project, and from the packaged trace.
 
 Lever: batch; cache, predictor and prefetch; order of tokens.
 
 Expected before the first run: hits of the prediction and a few points more, since a wrong guess may be in the cache
-anyway. (Of a Zipf distribution for all requests, which came first, LRU hit 69 % at batch 16.) Whole layers cost about as much more as they have experts that nobody uses.
+anyway. (Of a Zipf distribution for all requests, which came first, LRU hit 69 % at batch 16.) Whole layers cost about
+as much more as they have experts that nobody uses.
 
 Cannot speak about: gains on Mixtral, Qwen1.5 and DeepSeek, for want of their rates; accuracy of the predictor.
 """

@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from moesim.costs.streaming import Streams
 from moesim.files.models import load_model
-from moesim.offload.batching import Continuous, FlexGen, Job, ModelLevel, ModuleLevel, ModuleLevelGPU, MoELightning
+from moesim.policies.batching import Continuous, FlexGen, Job, ModelLevel, ModuleLevel, ModuleLevelGPU, MoELightning
 from moesim.study import Claim
 
 TABLE = {

@@ -23,7 +23,7 @@ import numpy as np
 
 from moesim.costs.streaming import Streams, generation_bound, saturating_tokens
 from moesim.files.models import load_model
-from moesim.offload.batching import Job, MoELightning, Overlapped
+from moesim.policies.batching import Job, MoELightning, Overlapped
 from moesim.study import Claim
 
 FLOPS_PER_S = {"A40": 150e12, "L40": 181e12, "A100": 312e12}
@@ -82,7 +82,7 @@ def claims() -> list[Claim]:
         *found,
         Claim("streaming all weights once", "section 5", 5.0, contended.streaming_s, "s", 0.1),
         Claim("the same beside attention on 210 GB of caches", "section 5", 6.0,
-              contended.step_s(plan.sequences, job.context, 1.0), "s", 0.1, because=slow),
+              max(contended.busy_s(plan.sequences, job.context, 1.0).values()), "s", 0.1, because=slow),
         Claim("gain over MoE-Lightning, mean", "abstract", 4.6, float(np.mean(gains)), "ratio", 0.2, because=rest),
         *(
             Claim(f"bound, {kv / 1e9:.0f} GB, {p:.0f} + {g:.0f} tokens", "figure 10", None, bound(kv, p, g),

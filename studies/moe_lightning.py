@@ -24,7 +24,7 @@ from functools import cache
 
 from moesim.costs.streaming import Streams
 from moesim.files.models import load_model
-from moesim.offload.batching import FlexGen, Job, ModelLevel, MoELightning
+from moesim.policies.batching import FlexGen, Job, ModelLevel, MoELightning
 from moesim.study import Claim
 
 ANSWERS = (32.0, 64.0, 128.0, 256.0)

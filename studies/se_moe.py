@@ -12,7 +12,8 @@ Lever: layers in the ring; seconds that a layer computes, given as a share of wh
 Expected before the first run: a step costs what it does without the ring as long as a layer computes longer than its
 experts are copied, and otherwise what the copies take.
 
-Cannot speak about: the 30 % of memory that it saves, as the size of its ring is not at hand; its 13 % more tokens a second, which are those of its kernels against another framework; training.
+Cannot speak about: the 30 % of memory that it saves, as the size of its ring is not at hand; its 13 % more tokens a
+second, which are those of its kernels against another framework; training.
 """
 
 from __future__ import annotations

@@ -75,12 +75,14 @@ class Operators:
 
     bound: "value", or the "low" or "high" end of what is believed of the device's speed.
     calibration: factors fitted to real runs, which every time is multiplied by.
+    attends: unit that attends to the caches of what is decoded, None: the device.
     """
 
     device: Device
     bound: str = "value"
     tables: MeasuredTables = field(default_factory=MeasuredTables)
     calibration: Calibration | None = None
+    attends: Device | None = None
 
     def _calibrated(self, timed: Timed, name: str) -> Timed:
         return timed if self.calibration is None else timed.scaled(self.calibration.values[name])
@@ -137,6 +139,9 @@ class Operators:
             requests: in each batch.
             tokens: of each batch that are in its prompts (prefill) or caches (decode), within the window.
         """
+        if self.attends is not None and phase == "decode":
+            seconds = compute.attention_core_s(flops, num_bytes, self.attends, self.bound)
+            return Timed.of(seconds, compute.source(self.attends, "attention", "memory"))
         where = attention_coordinates(mixer, phase, requests, tokens, tp) if self.tables.tables else None
         if where is not None:
             op, coordinates = where

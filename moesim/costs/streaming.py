@@ -39,26 +39,28 @@ class Streams:
         """Sequences of so many tokens whose caches fit in host memory beside the weights."""
         return max(0.0, self.host_bytes - self.weight_bytes) / (tokens * self.kv_bytes)
 
-    def step_s(self, sequences: float, context: float, cpu_share: float = 0.0, kv_on_gpu: bool = False) -> float:
-        """One token for each sequence.
+    def busy_s(
+        self, sequences: float, context: float, cpu_share: float = 0.0, kv_on_gpu: bool = False
+    ) -> dict[str, float]:
+        """Seconds of each resource in a step of one token for each sequence; it lasts as long as the longest.
 
-        seconds = max(link, GPU, CPU, host memory): the link carries weights, and the caches that the GPU attends to
-        unless it holds them; the CPU reads the caches of its share of attention.
+        The link ("h2d") carries weights, and the caches that the GPU attends to unless it holds them; the CPU reads the
+        caches of its share of attention; host memory feeds both.
 
-        >>> Streams(100.0, 1.0, 10.0, 10.0, 100.0, 20.0).step_s(4, 50.0, cpu_share=0.5)
-        20.0
+        >>> Streams(100.0, 1.0, 10.0, 10.0, 100.0, 20.0).busy_s(4, 50.0, cpu_share=0.5)
+        {'h2d': 20.0, 'compute': 0.4, 'cpu': 5.0, 'host memory': 0.0}
         """
         kv_bytes = sequences * context * self.kv_bytes
         moved = self.weight_bytes
         if not kv_on_gpu:
             moved += (1 - cpu_share) * kv_bytes
         read = moved + cpu_share * kv_bytes
-        return max(
-            moved / self.link_bytes_per_s,
-            sequences * self.flops / self.gpu_flops_per_s,
-            cpu_share * kv_bytes / self.cpu_kv_bytes_per_s,
-            read / self.host_bytes_per_s,
-        )
+        return {
+            "h2d": moved / self.link_bytes_per_s,
+            "compute": sequences * self.flops / self.gpu_flops_per_s,
+            "cpu": cpu_share * kv_bytes / self.cpu_kv_bytes_per_s,
+            "host memory": read / self.host_bytes_per_s,
+        }
 
     def prefill_s(self, tokens: float) -> float:
         """Of so many prompt tokens at once: the weights cross while they compute."""

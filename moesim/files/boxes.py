@@ -16,7 +16,7 @@ from moesim.files.tables import raise_all
 from moesim.hardware import Cluster, Link
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.model import Dtypes, ModelSpec
-from moesim.policies import SYSTEMS, Policies
+from moesim.policies import EXPERT_DTYPES, SYSTEMS, Policies
 from moesim.routing.trace import RoutingTrace
 from moesim.scenario import Scenario
 from moesim.workload import Workload
@@ -118,6 +118,8 @@ def load_box(path: str | Path, changes: Sequence[str] = ()) -> Box:
     for name in asked.systems:
         if name not in SYSTEMS:
             mistakes.append(f"box.systems: unknown {name!r}; {nearest(name, SYSTEMS)}")
+        elif "batching" in SYSTEMS[name]:
+            mistakes.append(f"box.systems: {name!r} streams weights for large batches; run it as a scenario of its own")
     cluster = None
     models: list[ModelSpec] = []
     try:
@@ -142,12 +144,14 @@ def load_box(path: str | Path, changes: Sequence[str] = ()) -> Box:
             mistakes.append(f"box.models: {name!r} is not a decoder with experts; leave it out")
     raise_all(str(path), mistakes)
     assert cluster is not None
-    systems = asked.systems or [name for name, policies in SYSTEMS.items() if _runs_anywhere(policies)]
+    systems = asked.systems or [name for name in SYSTEMS if _runs_anywhere(name)]
     return Box(str(values.get("name", path.stem)), cluster, models, systems, workload, asked.stickiness, values)
 
 
-def _runs_anywhere(policies: Mapping[str, str]) -> bool:
-    """With the model as it is (deferred experts change what it computes), without the future, on ordinary machines."""
-    wants = set(policies.values())
+def _runs_anywhere(name: str) -> bool:
+    """With model and batch as they are (deferred experts change what is computed), without the future, on ordinary
+    machines."""
+    wants = set(SYSTEMS[name].values())
     changed = {"pre_gate", "whole_path", "ktransformers_deferred"}
-    return not wants & {*changed, "oracle_belady", "hot_cold", "op_per_byte", "look_up", "near_only"}
+    special = {"oracle_belady", "hot_cold", "op_per_byte", "look_up", "near_only", "near_attention"}
+    return name not in EXPERT_DTYPES and "batching" not in SYSTEMS[name] and not wants & (changed | special)

@@ -34,6 +34,7 @@ NODE_KEYS = (
     "num_hosts",
     "host_memory_bytes",
     "near",
+    "disk",
     "vertices",
     "links",
     "network",
@@ -197,6 +198,7 @@ def _node(full: str, num_nodes: int, top: Table, beside: Path) -> Cluster | None
     if host is not None and "host_memory_bytes" in top.values:
         host = replace(host, memory=replace(host.memory, capacity_bytes=top.number("host_memory_bytes")))
     near = _part(top, "near", ("near_data",), beside) if "near" in top.values else None
+    disk = _part(top, "disk", ("disk",), beside) if "disk" in top.values else None
     graph = node_graph(top, num_devices, num_hosts)
     network = _network(top, num_nodes, has_nics=any(vertex.startswith("nic") for vertex in graph))
     given = {"links": "links", "network": "network", "host_memory": "host_memory_bytes"}
@@ -204,7 +206,7 @@ def _node(full: str, num_nodes: int, top: Table, beside: Path) -> Cluster | None
     if device is None or host is None or top.mistakes:
         return None
     topology = joined(graph, num_nodes, network)
-    return Cluster(full, device, num_nodes, num_devices, topology, host, num_hosts, near, sources)
+    return Cluster(full, device, num_nodes, num_devices, topology, host, num_hosts, near, disk, sources)
 
 
 def load_cluster(expression: str) -> Cluster:

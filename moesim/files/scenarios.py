@@ -28,7 +28,7 @@ from moesim.files.tables import raise_all, read_toml
 from moesim.files.traces import read_trace
 from moesim.layout import AttentionGrid, ExpertGrid, Layout
 from moesim.model import BYTES_PER_PARAM, Dtypes, ModelSpec
-from moesim.policies import SYSTEMS, Policies
+from moesim.policies import EXPERT_DTYPES, SYSTEMS, Policies
 from moesim.routing.synthetic import even_trace, sticky_trace, zipf_trace
 from moesim.routing.trace import RoutingTrace
 from moesim.scenario import Scenario
@@ -163,8 +163,8 @@ def _build(
     before = len(mistakes)
     known = [*PARTS, *_TABLES, "engine", "beside"]
     mistakes += [f"{prefix}{key}: unknown key; {nearest(key, known)}" for key in values if key not in known]
-    parts = load_parts(values, prefix, folder, loaded, mistakes)
     wants_fit = _spell_out_policies(values, prefix, mistakes)
+    parts = load_parts(values, prefix, folder, loaded, mistakes)
     for key, cls in _TABLES.items():
         if key in values or key == "workload":
             parts[key] = structure(cls, values.get(key, {}), f"{prefix}{key}", mistakes)
@@ -200,14 +200,18 @@ def _spell_out_policies(values: dict[str, Any], prefix: str, mistakes: list[str]
     if not isinstance(given, dict):
         return False
     given = dict(given)
-    wants_fit = given.get("device_expert_fraction", "fit" if "system" in given else None) == "fit"
+    name = given.pop("system", None)
+    streams = "batching" in SYSTEMS.get(str(name), {})
+    wants_fit = given.get("device_expert_fraction", "fit" if name is not None and not streams else None) == "fit"
     if wants_fit:
         given["device_expert_fraction"] = 0.0
-    name = given.pop("system", None)
     if name is not None and name not in SYSTEMS:
         mistakes.append(f"{prefix}policies.system: unknown {name!r}; {nearest(str(name), SYSTEMS)}")
     elif name is not None:
         given = {**SYSTEMS[name], **given}
+        dtypes = values.get("dtypes", {})
+        if name in EXPERT_DTYPES and isinstance(dtypes, dict):
+            values["dtypes"] = {"experts": EXPERT_DTYPES[name], **dtypes}
     if given:
         values["policies"] = given
     return wants_fit

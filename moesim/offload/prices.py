@@ -42,7 +42,7 @@ class Prices:
         bytes_E: of the weights of each expert of a layer.
         copy_s: of the largest of them over the host link; copy_bytes_per_s while it moves.
         launch_s: that experts computed together share. cold_s: to wake the host's threads.
-        host_bytes_per_s: what host memory has for everybody.
+        host_bytes_per_s: what host memory has for everybody. disk_start_s, disk_bytes_per_s: of a read from disk.
     """
 
     def __init__(self, model: ModelSpec, cluster: Cluster, operators: Operators, host: Device | None) -> None:
@@ -62,6 +62,9 @@ class Prices:
         if cluster.host is not None:
             whole = host_of(cluster) or cluster.host
             self.host_bytes_per_s = whole.memory.bytes_per_s * compute.efficiency(whole, "memory", bound)
+        disk = cluster.disk
+        self.disk_start_s = disk.memory.latency_s + compute.launch_s(disk, bound) if disk else 0.0
+        self.disk_bytes_per_s = disk.memory.bytes_per_s * compute.efficiency(disk, "memory", bound) if disk else np.inf
         self._near = cluster.near
         self._gpu_WN = self._cpu_WN = self._near_WN = np.zeros((len(self._params_W), 0))
         self.gpu_shares_X = self.cpu_shares_X = self.near_shares_X = np.zeros(len(SOURCES))

@@ -40,7 +40,8 @@ class UnitTimes:
         gpu_expert_s: an expert on the GPU, whatever its tokens (it reads its weights); gpu_token_s: and for each token.
         cpu_expert_s, cpu_token_s: likewise on the CPU; infinite: it computes none. cold_s: once for each burst.
         near_expert_s, near_token_s: of an expert beside its memory, at least; and of each token.
-        host_bytes_per_s: what host memory has for copies and CPU together. hop_s: tokens to the CPU and back.
+        disk_bytes_per_s, disk_start_s: of reads into host memory. host_bytes_per_s: what that has for all of them.
+        hop_s: tokens to the CPU and back.
     """
 
     expert_bytes: float
@@ -52,6 +53,8 @@ class UnitTimes:
     cold_s: float = 0.0
     start_s: float = 0.0
     host_bytes_per_s: float = np.inf
+    disk_bytes_per_s: float = np.inf
+    disk_start_s: float = 0.0
     launch_s: float = 0.0
     hop_s: float = 0.0
     num_experts: int = 1
@@ -123,7 +126,7 @@ class Replayed:
 def replay(
     trace: RoutingTrace, rows: Sequence[Ids], times: UnitTimes, slots: int, policies: PolicySet | None = None, *,
     layer_s: float = 0.0, shared_s: float = 0.0, step_s: float = 0.0, is_prefill_S: Sequence[bool] = (),
-    history: Ids | None = None, seed: int = 0, keep: int = 0,
+    history: Ids | None = None, seed: int = 0, keep: int = 0, host_slots: int | None = None,
 ) -> Replayed:  # fmt: skip
     """Replay steps of a trace.
 
@@ -135,6 +138,7 @@ def replay(
         is_prefill_S: which steps compute prompts; none where nothing is said.
         history: rows of requests that are known beforehand.
         keep: steps that are kept as they ran.
+        host_slots: experts that fit in host memory, the others are read from disk; None: all.
     """
     policies = policies or PolicySet()
     cache, predictor, L, E = policies.cache, policies.predictor, trace.num_layers, trace.num_experts
@@ -147,7 +151,7 @@ def replay(
     rng = np.random.default_rng(seed)
     steps = OffloadedSteps(
         store, replace(times, num_experts=E), policies.executor, policies.prefetch,
-        predictor.start(view, future_SLE, rng), range(L),
+        predictor.start(view, future_SLE, rng), range(L), host_slots,
     )  # fmt: skip
     draft = Draft(1, {})
     seconds: list[float] = []

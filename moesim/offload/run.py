@@ -36,7 +36,7 @@ class OffloadedRun:
         self.prices = Prices(s.model, s.cluster, iterations.operators(iterations.bound), host)
         self.steps = OffloadedSteps(
             store, self.prices, chosen.executor, chosen.prefetch,
-            predictor.start(view, future_SLE, s.stream("predictor")), s.model.moe_layers,
+            predictor.start(view, future_SLE, s.stream("predictor")), s.model.moe_layers, self._host_slots(),
         )  # fmt: skip
         self._host_operators = Operators(host, iterations.bound) if chosen.executor.whole_layers and host else None
         self._num_steps = 0
@@ -68,9 +68,20 @@ class OffloadedRun:
             "host_link_busy_fraction": busy.get("h2d", 0.0) / elapsed_s,
             "device_busy_fraction": busy.get("compute", 0.0) / elapsed_s,
         }
-        if "cpu" in busy:
-            found["cpu_busy_fraction"] = busy["cpu"] / elapsed_s
+        found |= {f"{unit}_busy_fraction": busy[unit] / elapsed_s for unit in ("cpu", "disk") if unit in busy}
+        cluster, joules = self._iterations.scenario.cluster, 0.0
+        for unit, device in (("gpu", cluster.device), ("near", cluster.near)):
+            if read := self.steps.read_bytes[unit]:
+                joules += read * (device.energy_j.get("byte", np.nan) if device else np.nan)
+        if np.isfinite(joules) and joules:
+            found["expert_read_joules_per_iteration"] = joules / max(self._num_steps, 1)
         return found
+
+    def _host_slots(self) -> int | None:
+        """Experts that fit in host memory, where some must stay on disk."""
+        s = self._iterations.scenario
+        away, room = s.host_bytes()
+        return None if away <= room else int(room / self.prices.bytes_E.max())
 
     def _future_SLE(self) -> NDArray[np.int32]:
         """Tokens of each expert in each iteration, for oracles only."""

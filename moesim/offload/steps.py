@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.offload.routing import Routing
-from moesim.offload.store import ExpertStore
+from moesim.offload.store import ExpertStore, HostLevel
 from moesim.offload.timeline import Task, Timeline
 from moesim.policies.executor import CPU, GPU, NEAR, Plan, Work
 from moesim.policies.prefetch import Outlook, Prices
@@ -41,7 +41,8 @@ class ExpertPrices(Prices, Protocol):
 
     bytes_E: of the weights of each expert of a layer. start_s: of a copy, before the first byte; copy_s: of a whole
     expert. launch_s: of experts that the GPU computes together; cold_s, hop_s: to start the CPU on a burst, and for the
-    tokens to travel there and back. host_bytes_per_s: what host memory has for everybody.
+    tokens to travel there and back. host_bytes_per_s: what host memory has for everybody. disk_start_s,
+    disk_bytes_per_s: of a read from disk into host memory.
     """
 
     @property
@@ -56,6 +57,10 @@ class ExpertPrices(Prices, Protocol):
     def hop_s(self) -> float: ...  # noqa: D102
     @property
     def host_bytes_per_s(self) -> float: ...  # noqa: D102
+    @property
+    def disk_start_s(self) -> float: ...  # noqa: D102
+    @property
+    def disk_bytes_per_s(self) -> float: ...  # noqa: D102
     @property
     def gpu_shares_X(self) -> Floats: ...  # noqa: D102
     @property
@@ -87,11 +92,15 @@ class OffloadedSteps:
     Args:
         executor, prefetcher: policies; predictor: the decision object of one run.
         layers: index in the model of each MoE layer.
+        host_slots: experts that fit in host memory, the others are read from disk; None: all.
+
+    Attributes:
+        read_bytes: weights of experts that the GPU and the near-data unit have read to compute with.
     """
 
     def __init__(
         self, store: ExpertStore, prices: ExpertPrices, executor: Any, prefetcher: Any, predictor: Any,
-        layers: Sequence[int],
+        layers: Sequence[int], host_slots: int | None = None,
     ) -> None:  # fmt: skip
         self.store, self.prices, self._layers = store, prices, tuple(layers)
         self._executor, self._prefetcher, self._predictor = executor, prefetcher, predictor
@@ -101,6 +110,9 @@ class OffloadedSteps:
         self._slotless = frozenset(i for i, slots in zip(layers, store.slots_L, strict=True) if not slots)
         self._deferred: list[Task] = []
         self._done: list[_Piece] = []
+        self._host = None if host_slots is None else HostLevel(host_slots)
+        self._reads: dict[int, Task] = {}
+        self.read_bytes = {"gpu": 0.0, "near": 0.0}
 
     @property
     def view(self) -> View:
@@ -194,6 +206,7 @@ class OffloadedSteps:
         view, prices, store = self.view, self.prices, self.store
         ends, self._deferred = self._deferred, []
         gpu_s, is_here_N, on_gpu_N = work.gpu_s, work.is_here, plan.unit_N == GPU
+        self.read_bytes["gpu"] += float(prices.bytes_E[view.ids[on_gpu_N]].sum())
         if (is_here_N & on_gpu_N).any():
             seconds = float(gpu_s[is_here_N & on_gpu_N].sum()) + prices.launch_s
             ends.append(self._piece("experts", layer, "compute", seconds, prices.gpu_shares_X))
@@ -206,17 +219,20 @@ class OffloadedSteps:
             seconds = prices.near_start_s(int(view.load[on_near].sum()), is_beside)
             seconds += float(work.near_s[on_near].sum())
             num_bytes = float(prices.bytes_E[view.ids[on_near]].sum())
+            self.read_bytes["near"] += num_bytes
             ends.append(self._piece("near_experts", layer, "near", seconds, prices.near_shares_X, num_bytes=num_bytes))
         copies: dict[int, Task] = {}
         kept = store.make_room([int(places[n]) for n in plan.copies])
         for i, n in enumerate(plan.copies):
-            copies[n] = self._copy("expert_copies", [int(places[n])], 0.0)
+            copies[n] = self._copy("expert_copies", [int(places[n])], 0.0, plan.shares[i] if plan.shares else 1.0)
             if i < kept:
                 store.send([int(places[n])], copies[n], is_early=False)
         for n in np.flatnonzero(on_gpu_N & ~is_here_N).tolist():
             place = int(places[n])
             if work.is_coming[n]:
                 copies[n] = store.coming.get(place) or store.stages[place]
+                if place in self._reads:
+                    self._clock.urge(self._reads[place], 0.0)
                 self._clock.urge(copies[n], 0.0)
             ends.append(
                 self._piece(
@@ -235,25 +251,45 @@ class OffloadedSteps:
             if not mine:
                 continue
             seconds, num_bytes = float(cpu_s[mine].sum()) + cold_s, float(prices.bytes_E[view.ids[mine]].sum())
+            read = self._read(layer, (layer * view.num_experts + view.ids[mine]).tolist(), 0.0)
             task = self._piece(
-                "cpu_experts", layer, "cpu", seconds, prices.cpu_shares_X, memory=HOST_MEMORY,
+                "cpu_experts", layer, "cpu", seconds, prices.cpu_shares_X, read, memory=HOST_MEMORY,
                 demand=num_bytes / seconds, num_bytes=num_bytes,
             )  # fmt: skip
             (self._deferred if later else ends).append(task)
             cold_s = 0.0
         return ends
 
-    def _copy(self, name: str, places: Sequence[int], priority: float) -> Task:
-        """Experts of one layer over the host link."""
+    def _copy(self, name: str, places: Sequence[int], priority: float, share: float = 1.0) -> Task:
+        """Experts of one layer over the host link, or a share of the bytes of one."""
         prices, (layer, expert) = self.prices, divmod(places[0], self.view.num_experts)
-        num_bytes = float(prices.bytes_E[expert])
+        num_bytes = share * float(prices.bytes_E[expert])
         if len(places) > 1:
             num_bytes = float(prices.bytes_E[np.asarray(places) % self.view.num_experts].sum())
         return self._piece(
             name, layer, "h2d", prices.start_s + num_bytes / prices.copy_bytes_per_s, prices.copy_shares_X,
-            priority=priority, memory=HOST_MEMORY, demand=prices.copy_bytes_per_s,
-            piece_s=self._piece_s if priority else 0.0, num_bytes=num_bytes, tag=tuple(places),
+            self._read(layer, places, priority, share), priority=priority, memory=HOST_MEMORY,
+            demand=prices.copy_bytes_per_s, piece_s=self._piece_s if priority else 0.0, num_bytes=num_bytes, tag=tuple(places),
         )  # fmt: skip
+
+    def _read(self, layer: int, places: Sequence[int], priority: float, share: float = 1.0) -> list[Task]:
+        """The read from disk that experts of one layer wait for, if any."""
+        if self._host is None:
+            return []
+        prices, lacking = self.prices, self._host.read(places)
+        if not lacking:
+            pending = [self._reads[p] for p in places if p in self._reads and not self._reads[p].is_done]
+            for read in pending if priority == 0 else ():
+                self._clock.urge(read, 0.0)
+            return pending
+        num_bytes = share * float(prices.bytes_E[np.asarray(lacking) % self.view.num_experts].sum())
+        seconds = prices.disk_start_s + num_bytes / prices.disk_bytes_per_s
+        read = self._piece(
+            "disk_reads", layer, "disk", seconds, prices.copy_shares_X, priority=priority, memory=HOST_MEMORY,
+            demand=prices.disk_bytes_per_s, num_bytes=num_bytes, tag=tuple(places),
+        )  # fmt: skip
+        self._reads.update(dict.fromkeys(lacking, read))
+        return [read]
 
     def _send_ahead(self) -> None:
         """Queue what the prefetcher chooses, and give up what waits and is not chosen again."""
@@ -290,7 +326,11 @@ class OffloadedSteps:
 
     def _give_up(self, wanted: set[int]) -> None:
         """Take copies out of the queue that nobody has begun or wants any longer."""
-        gone = self._clock.withdraw("h2d", lambda task: task.priority == 0 or not wanted.isdisjoint(_places(task)))
+        gone: list[Task] = []
+        for unit in ("disk", "h2d") if self._host else ("h2d",):
+            gone += self._clock.withdraw(unit, lambda task: task.priority == 0 or not wanted.isdisjoint(_places(task)))
+            if unit == "disk" and self._host is not None:
+                self._host.forget([place for task in gone for place in _places(task)])
         if gone:
             self.store.give_up([place for task in gone for place in _places(task)])
 

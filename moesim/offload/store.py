@@ -37,6 +37,32 @@ class Uses:
         return 1 - self.missed / self.total if self.total else 0.0
 
 
+class HostLevel:
+    """Host memory in front of a disk: it has room for `slots` experts, and keeps those that were asked for last."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots, self._held = slots, dict.fromkeys(range(slots))  # in the order of asking
+
+    def read(self, places: Iterable[int]) -> list[int]:
+        """Ask for places; those that must be read from disk."""
+        lacking = []
+        for place in places:
+            if place in self._held:
+                del self._held[place]
+            else:
+                lacking.append(place)
+                if len(self._held) >= self._slots and self._held:
+                    del self._held[next(iter(self._held))]
+            if self._slots:
+                self._held[place] = None
+        return lacking
+
+    def forget(self, places: Iterable[int]) -> None:
+        """Reads that will not be made."""
+        for place in places:
+            self._held.pop(place, None)
+
+
 class ExpertStore:
     """Slots of a device and the experts in them.
 
@@ -185,7 +211,6 @@ class ExpertStore:
         """Queued copies will not be made."""
         for place in places:
             self.num_prefetched -= 1
-            if self.stages.pop(place, None) is None:
-                del self.coming[place]
+            if self.stages.pop(place, None) is None and self.coming.pop(place, None) is not None:
                 self.view.coming_P[place] = False
                 self._drop(place)

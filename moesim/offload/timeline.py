@@ -100,7 +100,8 @@ class Timeline:
             self._enqueue(task)
 
     def withdraw(self, unit: str, keep: Callable[[Task], bool]) -> list[Task]:
-        """Take tasks out of a unit's queue that have not begun and that `keep` does not want; they never run.
+        """Take tasks out of a unit's queue that have not begun and that `keep` does not want; they never run, nor does
+        what waits for them.
 
         Returns:
             them; they count as done, long ago.
@@ -108,12 +109,13 @@ class Timeline:
         queue = self._ready.get(unit, [])
         out = [task for _, _, task in queue if task.start_s == inf and not keep(task)]
         for task in out:
-            task.finish_s = -inf
+            for gone in (task, *task.then):
+                gone.finish_s = -inf
         if out:
-            gone = set(map(id, out))
+            ids = set(map(id, out))
             self._ready[unit] = []
             for entry in queue:
-                if id(entry[2]) not in gone:
+                if id(entry[2]) not in ids:
                     heappush(self._ready[unit], entry)
         return out
 

@@ -6,7 +6,7 @@ An expert that the GPU computes and has not got is copied first; the order of co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -52,11 +52,13 @@ class Work:
 @dataclass
 class Plan:
     """unit_N: index in `UNITS` for each expert; copies: positions of those to be copied, first things first;
-    deferred: positions of experts that the next layer need not wait for."""
+    deferred: positions of experts that the next layer need not wait for; shares: of an expert's bytes that each copy
+    moves, all of them where it is empty."""
 
     unit_N: NDArray[np.int64]
     copies: list[int] = field(default_factory=list)
     deferred: frozenset[int] = frozenset()
+    shares: Sequence[float] = ()
 
 
 class Executor(Protocol):
@@ -68,6 +70,8 @@ class Executor(Protocol):
     """Whether each socket computes what lies in its own memory."""
     whole_layers: ClassVar[bool]
     """Whether all of a layer is computed where its experts are."""
+    near_attention: ClassVar[bool]
+    """Whether the near-data unit attends to the caches of what is decoded."""
 
     def plan(self, work: Work) -> Plan:
         """Who computes what."""
@@ -82,6 +86,7 @@ class _Plain:
     needs: ClassVar[str] = ""
     numa_aware: ClassVar[bool] = False
     whole_layers: ClassVar[bool] = False
+    near_attention: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,39 @@ class OnDemand(_Plain):
     def plan(self, work: Work) -> Plan:
         """All on the GPU."""
         return Plan(np.zeros(len(work.ids), np.int64), _copied(work))
+
+
+@dataclass(frozen=True)
+class BitPlanes(OnDemand):
+    """Every missing expert is copied at the width that its tokens need, the hottest first: a token needs each width
+    with a stated share, and n tokens the widest of theirs. An expert in the cache serves any width.
+
+    Args:
+        widths_B, shares_B: bits, ascending, and the share of tokens that need them; experts are stored with the most.
+
+    Source: D2MoE (arXiv 2504.15299): nested planes, its shares for 2 to 4 bits. In `moesim.policies.planes` planes of
+    one layer travel singly.
+    """
+
+    widths_B: tuple[float, ...] = (2.0, 3.0, 4.0)
+    shares_B: tuple[float, ...] = (0.3, 0.4, 0.3)
+
+    def plan(self, work: Work) -> Plan:
+        """All on the GPU; expected widest: sum over b of w_b (S_b^n - S_(b-1)^n), S the shares added up."""
+        copies = _copied(work)
+        upto_NB = np.cumsum((0.0, *self.shares_B)) ** work.load[copies][:, None]
+        bits_N = np.diff(upto_NB, axis=1) @ np.array(self.widths_B)
+        return Plan(np.zeros(len(work.ids), np.int64), copies, shares=(bits_N / self.widths_B[-1]).tolist())
+
+
+@dataclass(frozen=True)
+class NearAttention(OnDemand):
+    """All experts on the GPU; the near-data unit attends to the caches. Source: AttAcc (ASPLOS 2024), as Duplex (arXiv
+    2409.01141) says of it.
+    """
+
+    needs: ClassVar[str] = "near"
+    near_attention: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -266,6 +304,7 @@ class LookUp(_Plain):
     """
 
     needs: ClassVar[str] = "near"
+    near_attention: ClassVar[bool] = True
 
     def plan(self, work: Work) -> Plan:
         """See `look_up`."""
@@ -280,6 +319,7 @@ class OpPerByte(_Plain):
     """
 
     needs: ClassVar[str] = "near"
+    near_attention: ClassVar[bool] = True
     ridge: float = 16.0
 
     def plan(self, work: Work) -> Plan:
@@ -320,6 +360,7 @@ class HotCold(_Plain):
 
 EXECUTORS: Mapping[str, type[Any]] = {
     "on_demand": OnDemand,
+    "bit_planes": BitPlanes,
     "cpu_only": CPUOnly,
     "cpu_layers": CPULayers,
     "fiddler": Fiddler,
@@ -329,5 +370,6 @@ EXECUTORS: Mapping[str, type[Any]] = {
     "look_up": LookUp,
     "op_per_byte": OpPerByte,
     "near_only": NearOnly,
+    "near_attention": NearAttention,
     "hot_cold": HotCold,
 }

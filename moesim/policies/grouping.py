@@ -61,7 +61,7 @@ class Regrouped:
     def batch(self, ids_TLK: NDArray[np.integer], num_experts: int, size: int) -> Ids:
         """Among the oldest 2 x size tokens."""
         T = min(2 * size, len(ids_TLK))
-        if T <= size:
+        if size >= T:
             return np.arange(T)
         L, first_T = ids_TLK.shape[1], np.arange(T)[:, None, None]
         uses_TLE = np.zeros((T, L, num_experts), np.float32)
@@ -78,7 +78,7 @@ class Regrouped:
             rest_T = np.ones(T, np.bool_)
             rest_T[chosen] = False
             towards_T = uses_TP @ (uses_TP[chosen].mean(axis=0) - uses_TP[rest_T].mean(axis=0))
-        return chosen if 0 in chosen or T < 2 * size else np.setdiff1d(np.arange(T), chosen)
+        return chosen if 0 in chosen or 2 * size > T else np.setdiff1d(np.arange(T), chosen)
 
 
 GROUPINGS: Mapping[str, type[Any]] = {"arrival": Arrival, "longest_queue": LongestQueue, "regrouped": Regrouped}

@@ -1,8 +1,8 @@
 """Prefetch: which experts of the layers to come should travel now? Decision: places, first things first.
 
 It is asked when a layer's router has chosen and its own copies are queued, which go first, and when a step begins, if
-anything is predicted by then (`view.layer` is -1). Places that were chosen
-before and are still waiting for the link are given up if they are not chosen again.
+anything is predicted by then (`view.layer` is -1). Places that were chosen before and are still waiting for the link
+are given up if they are not chosen again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Systems of the literature as sets of policies: `policies = "NAME"`.
 
-What a system does besides (kernels, quantization, batching) is not in its name: give `dtypes`, the workload, and the
-share of experts on the device.
+What a system does besides (kernels, quantization that it could do without) is not in its name: give `dtypes`, the
+workload, and the share of experts on the device.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ SYSTEMS: Mapping[str, Mapping[str, str]] = {
     "expert_buffering": {"cache": "lifo_inactive_first"},
     # NeurIPS 2024, arXiv 2410.19123: the router runs before the model, so the future of what is queued is known.
     "read_me": {"cache": "oracle_belady", "predictor": "pre_gate", "prefetch": "next_layer"},
+    # arXiv 2504.15299: nested planes of 2 to 4 bits. arXiv 2310.16795: experts of under one bit for each weight, which
+    # fit or are copied on demand.
+    "d2moe": {"cache": "ring", "executor": "bit_planes"},
+    "qmoe": {"cache": "lru"},
     # ICLR 2025, arXiv 2402.07033.
     "fiddler": {"cache": "popular", "executor": "fiddler"},
     # SOSP 2025.
@@ -44,8 +48,23 @@ SYSTEMS: Mapping[str, Mapping[str, str]] = {
     "duplex": {"executor": "op_per_byte"},
     "duplex_pe": {"executor": "look_up"},
     "bank_pim": {"executor": "near_only"},
+    "bankgroup_pim": {"executor": "op_per_byte"},
+    # ASPLOS 2024: attention alone.
+    "attacc": {"executor": "near_attention"},
+    # Weights that stream through the GPU for batches that the policy chooses: ICML 2023, arXiv 2303.06865; SC 2022;
+    # ASPLOS 2025, arXiv 2411.11217; arXiv 2504.09345; arXiv 2503.09716, all attention on the GPU, or shared out.
+    "flexgen": {"batching": "flexgen"},
+    "zero_inference": {"batching": "model_level"},
+    "vllm_offload": {"batching": "continuous"},
+    "moe_lightning": {"batching": "moe_lightning"},
+    "moe_lens": {"batching": "overlapped"},
+    "moe_gen_gpu": {"batching": "module_level_gpu"},
+    "moe_gen": {"batching": "module_level"},
     # Experts of the last layers on the CPU (--n-cpu-moe), or these layers whole (--n-gpu-layers).
     "llama_cpp_experts": {"cache": "whole_layers", "executor": "cpu_only"},
     "llama_cpp_layers": {"cache": "whole_layers", "executor": "cpu_layers"},
 }
 """Name -> kind of policy -> its name; kinds that are not named keep their defaults."""
+
+EXPERT_DTYPES: Mapping[str, str] = {"d2moe": "int4", "qmoe": "ternary_words"}
+"""Formats of the experts that a system cannot do without, where a scenario says nothing else."""

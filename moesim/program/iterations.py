@@ -10,6 +10,7 @@ import numpy as np
 from moesim.costs.operators import Operators
 from moesim.layout import Placement
 from moesim.policies.collective import ALL_TO_ALLS
+from moesim.policies.executor import EXECUTORS
 from moesim.policies.placement import PLACEMENTS
 from moesim.program.batch import Batch, Members
 from moesim.program.exchange import Exchange
@@ -184,7 +185,8 @@ class Iterations:
     def operators(self, bound: str) -> Operators:
         """Of the machine's device, measured and calibrated as the scenario has it."""
         s = self.scenario
-        return Operators(s.cluster.device, bound, s.tables, s.calibration)
+        attends = s.cluster.near if EXECUTORS[s.policies.executor].near_attention else None
+        return Operators(s.cluster.device, bound, s.tables, s.calibration, attends)
 
     def prefill_batches(self) -> Iterator[Batch]:
         """Waves of whole prompts; in each wave a group takes prompts up to `max_num_batched_tokens` (at least one)."""

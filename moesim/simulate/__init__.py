@@ -12,6 +12,7 @@ from typing import Any
 import simpy
 
 from moesim.offload.run import OffloadedRun
+from moesim.offload.streamed import streamed
 from moesim.program.iterations import Iterations
 from moesim.program.walk import walk
 from moesim.results import Result
@@ -27,6 +28,8 @@ def simulate(scenario: Scenario, bound: str = "value", timeline: int = 0) -> Res
         bound: "value", or the "low" or "high" end of the believed efficiencies.
         timeline: iterations of each phase that are played operation by operation and leave their records.
     """
+    if scenario.is_streamed:
+        return streamed(scenario, bound, "simulate", timeline)
     env = simpy.Environment()
     iterations = Iterations(scenario, bound, is_played=True)
     tally = Tally(iterations, "simulate", timeline)

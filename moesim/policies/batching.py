@@ -1,18 +1,37 @@
 """Batching: how many sequences does a pass over the weights serve, and where is attention computed? Decision: a plan.
 
 For models whose weights are streamed from host memory: each step costs the same few seconds for one sequence and for
-a thousand, so throughput is a question of how many sequences fit where.
+a thousand, so throughput is a question of how many sequences fit where. "given" streams nothing: a scenario's own
+requests are the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from moesim.costs.streaming import Streams
+
+class Streams(Protocol):
+    """What a step costs, see `moesim.costs.streaming`. flops: of a token; gpu_flops_per_s: as reached."""
+
+    @property
+    def flops(self) -> float: ...  # noqa: D102
+    @property
+    def gpu_flops_per_s(self) -> float: ...  # noqa: D102
+
+    def host_sequences(self, tokens: float) -> float:
+        """Sequences of so many tokens whose caches fit in host memory."""
+
+    def busy_s(
+        self, sequences: float, context: float, cpu_share: float = 0.0, kv_on_gpu: bool = False
+    ) -> dict[str, float]:
+        """Seconds of each resource in a step, which lasts as long as the longest."""
+
+    def prefill_s(self, tokens: float) -> float:
+        """Of so many prompt tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +66,38 @@ class Plan:
     kv_on_gpu: bool = False
     mixes_prompts: bool = False
 
+    def busy_s(self, streams: Streams, job: Job) -> dict[str, float]:
+        """Seconds of each resource in a step, in which every sequence gains a token."""
+        found = streams.busy_s(self.sequences, job.context, self.cpu_share, self.kv_on_gpu)
+        if self.mixes_prompts:  # each step also computes as many prompt tokens as answers end in it
+            found["compute"] *= 1 + job.prompt / job.answer
+        return found
+
+    def prefill_s(self, streams: Streams, job: Job) -> float:
+        """Of the prompts of a batch, 0 where they are part of others' steps."""
+        return 0.0 if self.mixes_prompts else streams.prefill_s(self.sequences * job.prompt)
+
     def tokens_per_s(self, streams: Streams, job: Job, counts_prefill: bool = True) -> float:
         """Generated tokens a second."""
-        step_s = streams.step_s(self.sequences, job.context, self.cpu_share, self.kv_on_gpu)
-        if self.mixes_prompts:  # each step also computes as many prompt tokens as answers end in it
-            tokens = self.sequences * (1 + job.prompt / job.answer)
-            step_s = max(step_s, tokens * streams.flops / streams.gpu_flops_per_s)
-            return self.sequences / step_s
-        prefill_s = streams.prefill_s(self.sequences * job.prompt) if counts_prefill else 0.0
-        return self.sequences * job.answer / (prefill_s + job.answer * step_s)
+        prefill_s = self.prefill_s(streams, job) if counts_prefill else 0.0
+        return self.sequences * job.answer / (prefill_s + job.answer * max(self.busy_s(streams, job).values()))
 
 
 @dataclass(frozen=True)
-class ModelLevel:
+class _Plain:
+    streams: ClassVar[bool] = True
+    kv_on_gpu: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Given(_Plain):
+    """The requests of the scenario are one batch, and nothing is streamed but what other policies copy."""
+
+    streams: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class ModelLevel(_Plain):
     """One batch through the whole model, all experts streamed, caches on the GPU.
 
     Source: ZeRO-Inference (DeepSpeed), as MoE-Gen (arXiv 2503.09716) and MoE-Lightning (arXiv 2411.11217) compare with.
@@ -77,14 +115,14 @@ class Continuous(ModelLevel):
     """The same with requests that come and go, so that the caches of the GPU are always full: sequences are as many as
     their tokens fit. Source: vLLM with weights on the CPU, as MoE-Gen (arXiv 2503.09716) compares with.
 
-    gpu_sequences of the job are those of `reference` tokens.
+    gpu_sequences of the job are those of `reference` tokens, None: of the longest.
     """
 
-    reference: float = 1.0
+    reference: float | None = None
 
     def plan(self, streams: Streams, job: Job) -> Plan:
         """Tokens of cache over tokens of a sequence."""
-        return Plan(max(1.0, job.gpu_sequences * self.reference / job.longest), kv_on_gpu=True)
+        return Plan(max(1.0, job.gpu_sequences * (self.reference or job.longest) / job.longest), kv_on_gpu=True)
 
 
 @dataclass(frozen=True)
@@ -98,7 +136,7 @@ class FlexGen(ModelLevel):
 
 
 @dataclass(frozen=True)
-class MoELightning:
+class MoELightning(_Plain):
     """Attention on the CPU: caches never cross the link. Source: MoE-Lightning (arXiv 2411.11217), section 4."""
 
     def plan(self, streams: Streams, job: Job) -> Plan:
@@ -107,7 +145,7 @@ class MoELightning:
 
 
 @dataclass(frozen=True)
-class ModuleLevel:
+class ModuleLevel(_Plain):
     """Each module has a batch of its own: attention in small ones until host memory is full of sequences, then each
     expert once over all its tokens. A share of attention is on the CPU.
 
@@ -121,7 +159,9 @@ class ModuleLevel:
         """All sequences whose caches fit in host memory."""
         sequences = streams.host_sequences(job.longest)
         shares = [self.cpu_share] if self.cpu_share is not None else np.arange(21) / 20
-        return Plan(sequences, float(min(shares, key=lambda w: streams.step_s(sequences, job.context, float(w)))))
+        return Plan(
+            sequences, float(min(shares, key=lambda w: max(streams.busy_s(sequences, job.context, float(w)).values())))
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +172,7 @@ class ModuleLevelGPU(ModuleLevel):
 
 
 @dataclass(frozen=True)
-class Overlapped:
+class Overlapped(_Plain):
     """Prompts are computed in the steps in which others generate, attention of those on the CPU; host memory is full of
     sequences at all stages of their answers. Source: MoE-Lens (arXiv 2504.09345), section 4.
     """
@@ -143,6 +183,7 @@ class Overlapped:
 
 
 BATCHINGS: Mapping[str, type[Any]] = {
+    "given": Given,
     "model_level": ModelLevel,
     "continuous": Continuous,
     "flexgen": FlexGen,
