@@ -216,7 +216,7 @@ def test_hits_are_those_of_the_one_pass_over_all_sizes(top_k):
             view = View(3, 8, top_k)
             store = ExpertStore(view, 3 * slots, CACHES[name](), used_SLE)
             for held in np.flatnonzero(view.held_P):  # begin empty
-                store._drop(int(held))
+                store._drop([int(held)])
             for view.step in range(301):
                 for view.layer in range(3):
                     (view.ids,) = used_SLE[view.step, view.layer].nonzero()
@@ -481,6 +481,25 @@ def test_every_system_reads_from_disk_what_it_never_had(system):
     assert half.seconds_S.sum() >= whole.seconds_S.sum() * 0.98
     copies = whole.busy_s.get("h2d", 0.0) + whole.busy_s.get("cpu", 0.0)
     assert (half.busy_s.get("disk", 0.0) > 0) == (copies > 0)
+
+
+def test_a_scenario_reads_from_disk_what_host_memory_cannot_hold():
+    away = offloaded(0.0)
+    needed, _ = away.host_bytes()
+    host = away.cluster.host
+    small = dataclasses.replace(host, memory=dataclasses.replace(host.memory, capacity_bytes=needed / 2))
+    disk = load_device("nvme-pcie4")
+    without, slow = (
+        dataclasses.replace(away, cluster=dataclasses.replace(away.cluster, host=small, disk=d)) for d in (None, disk)
+    )
+    assert any('disk = "nvme-pcie4"' in mistake for mistake in without.mistakes())
+    assert not slow.mistakes()
+    found, base = estimate(slow).metrics, estimate(away).metrics
+    assert 0 < found["disk_busy_fraction"] <= 1 and "disk_busy_fraction" not in base
+    assert found["tpot_s"] > base["tpot_s"]
+    tiny = dataclasses.replace(disk, memory=dataclasses.replace(disk.memory, capacity_bytes=needed / 2))
+    full = dataclasses.replace(slow, cluster=dataclasses.replace(slow.cluster, disk=tiny))
+    assert any("nor on the disk" in mistake for mistake in full.mistakes())
 
 
 # Bit planes, the whole path, and grouping

@@ -269,7 +269,8 @@ class OffloadedSteps:
         return self._piece(
             name, layer, "h2d", prices.start_s + num_bytes / prices.copy_bytes_per_s, prices.copy_shares_X,
             self._read(layer, places, priority, share), priority=priority, memory=HOST_MEMORY,
-            demand=prices.copy_bytes_per_s, piece_s=self._piece_s if priority else 0.0, num_bytes=num_bytes, tag=tuple(places),
+            demand=prices.copy_bytes_per_s, piece_s=self._piece_s if priority else 0.0, num_bytes=num_bytes,
+            tag=tuple(places),
         )  # fmt: skip
 
     def _read(self, layer: int, places: Sequence[int], priority: float, share: float = 1.0) -> list[Task]:

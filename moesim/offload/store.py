@@ -176,16 +176,17 @@ class ExpertStore:
         else:
             order = np.argsort(worth, kind="stable")[:most]
             gone = offered[order[worth[order] < np.inf]].tolist()
+        self._drop(gone)
         for place in gone:
-            self._drop(place)
             self.cache.left(place)
         return len(gone)
 
-    def _drop(self, place: int) -> None:
-        self.view.held_P[place] = self._is_early_P[place] = False
-        self.free += 1
-        if not self.is_shared:
-            self.free_L[place // self.view.num_experts] += 1
+    def _drop(self, places: list[int]) -> None:
+        """Of one layer, unless layers share the slots."""
+        self.view.held_P[places] = self._is_early_P[places] = False
+        self.free += len(places)
+        if places and not self.is_shared:
+            self.free_L[places[0] // self.view.num_experts] += len(places)
 
     def send(self, places: Sequence[int], copy: Task, is_early: bool) -> None:
         """A copy into slots was queued."""
@@ -213,4 +214,4 @@ class ExpertStore:
             self.num_prefetched -= 1
             if self.stages.pop(place, None) is None and self.coming.pop(place, None) is not None:
                 self.view.coming_P[place] = False
-                self._drop(place)
+                self._drop([place])

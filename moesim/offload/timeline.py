@@ -12,7 +12,7 @@ SimPy is not used here: what changes in the middle of a task is its speed, not i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf
 
 _DONE_S = 1e-15  # less than this is left: nothing
@@ -93,10 +93,8 @@ class Timeline:
         task.priority = priority
         queue = self._ready.get(task.unit, [])
         if any(entry[2] is task for entry in queue):
-            kept = [entry for entry in queue if entry[2] is not task]
-            self._ready[task.unit] = []
-            for entry in kept:
-                heappush(self._ready[task.unit], entry)
+            self._ready[task.unit] = [entry for entry in queue if entry[2] is not task]
+            heapify(self._ready[task.unit])
             self._enqueue(task)
 
     def withdraw(self, unit: str, keep: Callable[[Task], bool]) -> list[Task]:
@@ -112,11 +110,8 @@ class Timeline:
             for gone in (task, *task.then):
                 gone.finish_s = -inf
         if out:
-            ids = set(map(id, out))
-            self._ready[unit] = []
-            for entry in queue:
-                if id(entry[2]) not in ids:
-                    heappush(self._ready[unit], entry)
+            self._ready[unit] = [entry for entry in queue if entry[2].finish_s == inf]
+            heapify(self._ready[unit])
         return out
 
     def queued_s(self, unit: str, most: float = inf) -> float:

@@ -229,18 +229,21 @@ class Threshold(_Plain):
     def choose(self, view: View, outlook: Outlook) -> Sequence[int]:
         """Of all layers that anything is said of, by p over distance."""
         needed = float(np.clip(1 - view.confidence, 0, 1))
-        found: list[tuple[float, int]] = []
+        places, nearness = [], []
         for layer in (view.layer + 1 + np.flatnonzero(view.predicted_LE[view.layer + 1 :].any(axis=1))).tolist():
             p_E = view.predicted_LE[layer]
-            first = layer * view.num_experts
-            lacks_E = view.not_here(first, first + view.num_experts)
             order = np.argsort(-p_E, kind="stable")
-            share = p_E[order].cumsum() / p_E.sum()
-            most = max(view.top_k, int(np.searchsorted(share, needed)) + 1)
+            sum_E = p_E[order].cumsum()
+            most = max(view.top_k, int(np.searchsorted(sum_E / sum_E[-1], needed)) + 1)
             ids = order[:most]
-            ids = ids[lacks_E[ids] & (p_E[ids] > 0)]
-            found += zip((-p_E[ids] / (layer - view.layer)).tolist(), (first + ids).tolist(), strict=True)
-        return [place for _, place in sorted(found)]
+            first = layer * view.num_experts
+            ids = ids[view.not_here(first, first + view.num_experts)[ids] & (p_E[ids] > 0)]
+            places.append(first + ids)
+            nearness.append(p_E[ids] / (layer - view.layer))
+        if not places:
+            return []
+        place_N = np.concatenate(places)
+        return list(place_N[np.lexsort((place_N, -np.concatenate(nearness)))].tolist())
 
 
 @dataclass(frozen=True)
