@@ -104,6 +104,11 @@ class Cluster:
         """R: all devices."""
         return self.num_nodes * self.devices_per_node
 
+    @property
+    def host_memory_bytes(self) -> float:
+        """Of all sockets of a node; 0 where there is no host."""
+        return self.host.memory.capacity_bytes * max(self.num_hosts, 1) if self.host else 0.0
+
     def vertex(self, rank: int) -> str:
         """Name of the rank's device in the topology."""
         node, index = divmod(rank, self.devices_per_node)

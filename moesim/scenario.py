@@ -102,10 +102,10 @@ class Scenario:
 
     def host_bytes(self) -> tuple[float, float]:
         """Experts that are not on the device, and the memory of the node's host."""
-        h, layers, host = self.model.hidden_size, self.model.moe_layers, self.cluster.host
+        h, layers = self.model.hidden_size, self.model.moe_layers
         routed = sum(ffn.routed_params(h) for i in layers if isinstance(ffn := self.model.layers[i].ffn, Experts))
         away = (1 - self.policies.device_expert_fraction) * BYTES_PER_PARAM[self.model.dtypes.experts] * routed
-        return away, host.memory.capacity_bytes * max(self.cluster.num_hosts, 1) if host else 0.0
+        return away, self.cluster.host_memory_bytes
 
     def fitting_expert_fraction(self) -> float:
         """The largest share of each layer's experts, in whole experts, that fits on the device beside all else; 0 if
@@ -181,7 +181,7 @@ class Scenario:
             found.append(f"{key} does not draft; set workload.num_speculative_tokens to 0")
         longest = self.workload.output_tokens + (self.workload.prompt_tokens or 1)
         needed = self.model.weight_bytes + longest * self.model.kv_bytes_per_token
-        room = host.memory.capacity_bytes * max(self.cluster.num_hosts, 1)
+        room = self.cluster.host_memory_bytes
         if needed > room:
             found.append(
                 f"memory: weights and the cache of one request are {needed / 2**30:.0f} GiB, host memory has "

@@ -247,6 +247,23 @@ def studies_json(judged: Sequence[Judged]) -> dict[str, Any]:
     }
 
 
+ESFT = tuple(f"routing_esft_deepseek_v2_lite/{task}.npz" for task in ("intent", "summary", "translation"))
+"""Public captures of DeepSeek-V2-Lite's routing, of three tasks; and what a claim says where a capture is absent."""
+ABSENT = "the public capture is not beside the project"
+
+
+def bisected(is_low: Callable[[float], bool], low: float, high: float, steps: int) -> tuple[float, float]:
+    """Halve low..high so many times, keeping what is_low at its lower end.
+
+    >>> bisected(lambda x: x * x < 2, 1.0, 2.0, 3)
+    (1.375, 1.5)
+    """
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_low(middle) else (low, middle)
+    return low, high
+
+
 def public_trace(*paths: str) -> RoutingTrace | None:
     """A public capture of single tokens in `DATA`, files of one format; None where it is not there."""
     if not all((DATA / path).is_file() for path in paths):

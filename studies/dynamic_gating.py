@@ -30,7 +30,7 @@ from moesim.costs.operators import Operators
 from moesim.files.hardware import load_cluster
 from moesim.hardware import Cluster
 from moesim.model import Dense, Experts
-from moesim.study import Claim
+from moesim.study import Claim, bisected
 
 K = 2
 
@@ -72,11 +72,8 @@ def dense_s(model: Gated, cluster: Cluster, tokens: float) -> float:
 
 def fitted_tokens(model: Gated, latency_s: float) -> float:
     """Tokens on a GPU at which the dense model takes that long, by bisection."""
-    cluster, low, high = load_cluster("dgx-v100"), 1.0, 1e6
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if dense_s(model, cluster, middle) < latency_s else (low, middle)
-    return low
+    cluster = load_cluster("dgx-v100")
+    return bisected(lambda tokens: dense_s(model, cluster, tokens) < latency_s, 1.0, 1e6, 60)[0]
 
 
 def exchange_s(model: Gated, cluster: Cluster, rows: float) -> float:

@@ -34,7 +34,7 @@ from moesim.policies.predictor import OracleStated
 from moesim.policies.prefetch import Widened
 from moesim.routing.synthetic import sticky_trace
 from moesim.routing.trace import RoutingTrace
-from moesim.study import Claim, public_trace
+from moesim.study import ABSENT, ESFT, Claim, bisected, public_trace
 
 PARAMS = 3 * 2048 * 1408
 """Of an expert of either model."""
@@ -54,7 +54,6 @@ DECODE = {
 """Tokens a second, all of them."""
 ON_DEMAND_PROMPT = 180.0
 ACCURACY, WIDENED, HITS = 0.7879, 0.9715, 0.9908
-TASKS = ("intent", "summary", "translation")
 STEPS = 150
 
 
@@ -70,7 +69,7 @@ class PC:
 def routing(model: str) -> RoutingTrace | None:
     """A public capture, or made up."""
     if model == "DeepSeek-MoE":
-        return public_trace(*(f"routing_esft_deepseek_v2_lite/{task}.npz" for task in TASKS))
+        return public_trace(*ESFT)
     return sticky_trace(24, 60, 4, stickiness=1 / 3, num_tokens=STEPS)
 
 
@@ -109,30 +108,30 @@ def prompt_bytes(bits: float) -> float | None:
 
 def fitted_expert_s(name: str, link_bytes_per_s: float) -> float:
     """That gives Fate's decoding of DeepSeek-MoE; bisection, as time grows with it."""
-    low, high = 0.0, 20e-3
-    for _ in range(12):
-        middle = (low + high) / 2
-        rate = tokens_per_s("DeepSeek-MoE", "Fate", PC(link_bytes_per_s, middle))
-        low, high = (middle, high) if (rate or 0.0) > DECODE["DeepSeek-MoE", name]["Fate"] else (low, middle)
-    return (low + high) / 2
+
+    def is_fast(expert_s: float) -> bool:
+        rate = tokens_per_s("DeepSeek-MoE", "Fate", PC(link_bytes_per_s, expert_s))
+        return (rate or 0.0) > DECODE["DeepSeek-MoE", name]["Fate"]
+
+    return sum(bisected(is_fast, 0.0, 20e-3, 12)) / 2
 
 
 def claims() -> list[Claim]:
     """Prompts, decoding, hits."""
     whole = prompt_bytes(BITS["load on demand"])
     if whole is None:
-        absent = "the public capture is not beside the project"
-        return [Claim("prompts and decoding", "section 6", None, None, because=absent)]
+        absent = ABSENT
+        return [Claim("prompts and decoding", "evaluation", None, None, because=absent)]
     reached = whole * ON_DEMAND_PROMPT / PROMPT / PC_LINKS["3090"]
     pcs = {name: PC(reached * link, fitted_expert_s(name, reached * link)) for name, link in PC_LINKS.items()}
     found = [
-        Claim("prompts on demand, DeepSeek-MoE, 3090", "section 6.2", ON_DEMAND_PROMPT, ON_DEMAND_PROMPT,
+        Claim("prompts on demand, DeepSeek-MoE, 3090", "prefill rates", ON_DEMAND_PROMPT, ON_DEMAND_PROMPT,
               "tokens_per_s", 0.2, fitted=f"{reached:.2f} of the link's nominal bytes a second"),
     ]  # fmt: skip
     for name, pc in pcs.items():
         rate = PROMPT / ((prompt_bytes(PROMPT_BITS) or 0.0) / pc.link_bytes_per_s)
         found.append(
-            Claim(f"prompts with Fate, DeepSeek-MoE, {name}", "section 6.2", PREFILL[f"Fate, {name}"], rate,
+            Claim(f"prompts with Fate, DeepSeek-MoE, {name}", "prefill rates", PREFILL[f"Fate, {name}"], rate,
                   "tokens_per_s", 0.2)
         )  # fmt: skip
     one = "8.3 GB/s in place of 10.1 would give it: for single tokens, copies wait for each other's launch"
@@ -142,7 +141,7 @@ def claims() -> list[Claim]:
         for system, paper in papers.items():
             is_fitted = (model, system) == ("DeepSeek-MoE", "Fate")
             found.append(
-                Claim(f"decoding, {system}, {model}, {name}", "section 6.2", paper,
+                Claim(f"decoding, {system}, {model}, {name}", "decode rates", paper,
                       tokens_per_s(model, system, pcs[name]), "tokens_per_s", 0.2,
                       fitted=f"{1e3 * pcs[name].expert_s:.2f} ms for each expert" if is_fitted else "",
                       because=reasons.get((system, name), ""))
@@ -151,7 +150,7 @@ def claims() -> list[Claim]:
     assert fate is not None
     return [
         *found,
-        Claim("hits, Fate", "section 6.4", HITS, fate.uses.hit_rate, "fraction", 0.05),
-        Claim("accuracy of fetched experts", "section 6.4", WIDENED, WIDENED, "fraction", 0.05,
+        Claim("hits, Fate", "hit rate", HITS, fate.uses.hit_rate, "fraction", 0.05),
+        Claim("accuracy of fetched experts", "prefetch accuracy", WIDENED, WIDENED, "fraction", 0.05,
               fitted=f"given: {ACCURACY} for as many as are needed, {WIDENED} when widened"),
     ]  # fmt: skip

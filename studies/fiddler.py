@@ -84,15 +84,15 @@ def claims() -> list[Claim]:
     found = []
     for kept, paper in HITS.items():
         found += [
-            Claim(f"hits, {kept} experts, popularity of other texts", "appendix", paper, hits(kept, False),
+            Claim(f"hits, {kept} experts, popularity of other texts", "hit rates", paper, hits(kept, False),
                   "fraction", 0.05 / paper, because=absent),
             Claim(f"hits, {kept} experts, popularity of the same texts", "not at hand", None, hits(kept, True),
                   "fraction", because=absent),
         ]  # fmt: skip
     for machine, (link, cpu) in MACHINES.items():
         found += [
-            Claim(f"a copy over one token on the CPU, {machine}", "section 3", "2 to 5", cpu / link, "ratio", 0.2,
-                  because=new if "Ada" in machine else ""),
+            Claim(f"a copy over one token on the CPU, {machine}", "transfer against compute", "2 to 5", cpu / link,
+                  "ratio", 0.2, because=new if "Ada" in machine else ""),
             Claim(f"tokens from which on an expert is copied, {machine}", "not at hand", None,
                   float(copied_from(machine)), "tokens"),
         ]  # fmt: skip

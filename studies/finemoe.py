@@ -29,10 +29,9 @@ from moesim.offload.replay import PolicySet, Replayed, UnitTimes, replay
 from moesim.policies.cache import LRU, LRUDevice
 from moesim.policies.predictor import OracleStated
 from moesim.policies.prefetch import Speculative
-from moesim.study import Claim, public_trace
+from moesim.study import ABSENT, ESFT, Claim, public_trace
 
 SHARE, LINKS, EACH = 1 / 8, 6, 100
-TASKS = ("intent", "summary", "translation")
 COPY_S = 1e-3
 """Of an expert over one link: only ratios are claimed."""
 HITS = {"Mixtral-Offloading": 1.14, "MoE-Infinity": 1.68}
@@ -50,7 +49,7 @@ SYSTEMS = {
 @cache
 def replayed(system: str) -> Replayed | None:
     """Runs of tokens of each task, twice."""
-    trace = public_trace(*(f"routing_esft_deepseek_v2_lite/{task}.npz" for task in TASKS))
+    trace = public_trace(*ESFT)
     if trace is None:
         return None
     starts = [trace.num_tokens * task // 3 + turn * EACH for turn in range(2) for task in range(3)]
@@ -62,7 +61,7 @@ def replayed(system: str) -> Replayed | None:
 
 def claims() -> list[Claim]:
     """Hits and times, all relative."""
-    absent, fine = "the public capture is not beside the project", replayed("FineMoE")
+    absent, fine = ABSENT, replayed("FineMoE")
     shared = "what the frameworks do besides is not at hand; here a layer computes as long as one copy takes, and an "
     shared += "eighth of the experts, of a narrow capture, serves an LRU well"
     found = []
@@ -70,13 +69,13 @@ def claims() -> list[Claim]:
         other = replayed(name)
         ours = fine.uses.hit_rate / other.uses.hit_rate if fine and other else None
         found.append(
-            Claim(f"hits over {name}'s", "figure 10", paper, ours, "ratio", 0.2, because="" if other else absent)
+            Claim(f"hits over {name}'s", "hit rates, means", paper, ours, "ratio", 0.2, because="" if other else absent)
         )
     for name, paper in TPOT.items():
         other = replayed(name)
         ours = float(fine.seconds_S[3 * EACH :].mean() / other.seconds_S[3 * EACH :].mean()) if fine and other else None
         found.append(
-            Claim(f"time of a token over {name}'s", "figure 12, 6 GB", paper, ours, "ratio", 0.2,
+            Claim(f"time of a token over {name}'s", "cache limit of 6 GB", paper, ours, "ratio", 0.2,
                   because=shared if other else absent)
         )  # fmt: skip
     return found

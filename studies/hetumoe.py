@@ -24,7 +24,7 @@ from moesim.files.hardware import load_cluster
 from moesim.network.routes import Fabric
 from moesim.network.sends import Sends, seconds
 from moesim.policies.collective import AllToAll, Flat, Leaders, Ranks, TokenTraffic
-from moesim.study import Claim
+from moesim.study import Claim, bisected
 
 PER_NODE = 8
 RANK_BYTES = 16 * 2.0**20
@@ -50,11 +50,7 @@ def gain(num_nodes: int, half_size_bytes: float) -> float:
 
 def fitted_half_size_bytes() -> float:
     """The size of a message at half of the rate that gives the paper's gain on 4 x 8 GPUs, by bisection."""
-    low, high = 0.0, RANK_BYTES
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gain(4, middle) < GAIN_4X8 else (low, middle)
-    return low
+    return bisected(lambda size: gain(4, size) < GAIN_4X8, 0.0, RANK_BYTES, 60)[0]
 
 
 def leaving(algorithm: AllToAll, num_nodes: int) -> Sends:

@@ -37,7 +37,7 @@ from moesim.policies.executor import HybriMoE, KTransformers, OnDemand
 from moesim.policies.predictor import NextLayerGate, NoPredictor
 from moesim.policies.prefetch import Impact, NoPrefetch
 from moesim.routing.trace import RoutingTrace
-from moesim.study import Claim, public_trace
+from moesim.study import ABSENT, ESFT, Claim, public_trace
 
 LAYERS, SHARE = 28, 0.25
 EXPERT_BYTES = 3 * 3584 * 2560 * (0.5 + 2 / 128)
@@ -123,8 +123,8 @@ def claims() -> list[Claim]:
                   because=unfed if part == "cache" else "")
         )  # fmt: skip
     found += [Claim(f"prefill, {part}", where, paper, ttft_s(part), "s", 0.2) for part, paper in PREFILL.items()]
-    trace = public_trace("routing_esft_deepseek_v2_lite/intent.npz")
-    absent = "" if trace else "the public capture is not beside the project"
+    trace = public_trace(ESFT[0])
+    absent = "" if trace else ABSENT
     for name, policy, paper in (("LRU", LRU(), 0.477), ("MRS", MRS(), 0.527)):
         ours = hit_rate(trace, policy, SHARE) if trace else None
         found.append(

@@ -25,7 +25,7 @@ from dataclasses import replace
 from moesim.costs.streaming import Streams
 from moesim.files.models import load_model
 from moesim.policies.batching import Continuous, FlexGen, Job, ModelLevel, ModuleLevel, ModuleLevelGPU, MoELightning
-from moesim.study import Claim
+from moesim.study import Claim, bisected
 
 TABLE = {
     "vLLM": (31.0, 14.0),
@@ -70,11 +70,7 @@ def tokens_per_s(system: str, answer: float, gpu_sequences: float = 1.0, model: 
 
 def fitted_sequences(system: str) -> float:
     """Sequences of a batch that give the cell with answers of 256, by bisection; it only grows with them."""
-    low, high = 1.0, 4000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if tokens_per_s(system, ANSWERS[0], middle) < TABLE[system][0] else (low, middle)
-    return low
+    return bisected(lambda x: tokens_per_s(system, ANSWERS[0], x) < TABLE[system][0], 1.0, 4000.0, 60)[0]
 
 
 def claims() -> list[Claim]:

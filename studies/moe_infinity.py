@@ -33,7 +33,7 @@ from moesim.policies.cache import ActivationAware, LRUDevice
 from moesim.policies.predictor import EAMMatch
 from moesim.policies.prefetch import ByActivity
 from moesim.routing.trace import RoutingTrace
-from moesim.study import Claim, public_trace
+from moesim.study import ABSENT, ESFT, Claim, public_trace
 
 EXPERT_BYTES = 2 * 3 * 2048 * 1408
 LINK_BYTES_PER_S = 24e9
@@ -41,22 +41,20 @@ BUFFER_BYTES = 19.5e9
 TPOT = {"MoE-Infinity": (0.155, 0.051), "DeepSpeed": (0.737, 0.513)}
 """Seconds for each token, and those in which the GPU is idle."""
 PROMPT, ANSWER, REQUESTS, WARM = 512, 32, 9, 3
-TASKS = ("intent", "summary", "translation")
-ABSENT = "the public capture is not beside the project"
 
 
 @cache
 def requests() -> RoutingTrace | None:
     """Requests of all tasks, one task after the other."""
-    return public_trace(*(f"routing_esft_deepseek_v2_lite/{task}.npz" for task in TASKS))
+    return public_trace(*ESFT)
 
 
 def rows(trace: RoutingTrace) -> list[NDArray[np.int64]]:
     """Of the steps: a prompt at once, then its answer token by token; tasks in turn."""
     size, found = PROMPT + ANSWER, []
-    starts = np.linspace(0, trace.num_tokens, len(TASKS), endpoint=False).astype(int)
+    starts = np.linspace(0, trace.num_tokens, len(ESFT), endpoint=False).astype(int)
     for request in range(REQUESTS):
-        first = int(starts[request % len(TASKS)]) + request // len(TASKS) * size
+        first = int(starts[request % len(ESFT)]) + request // len(ESFT) * size
         found.append(np.arange(first, first + PROMPT))
         found += [np.array([t]) for t in range(first + PROMPT, first + size)]
     return found

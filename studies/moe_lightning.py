@@ -25,7 +25,7 @@ from functools import cache
 from moesim.costs.streaming import Streams
 from moesim.files.models import load_model
 from moesim.policies.batching import FlexGen, Job, ModelLevel, MoELightning
-from moesim.study import Claim
+from moesim.study import Claim, bisected
 
 ANSWERS = (32.0, 64.0, 128.0, 256.0)
 TABLE = {
@@ -64,13 +64,7 @@ def tokens_per_s(system: str, answer: float, sequences: float, prefill_flops_per
 
 def fitted_sequences(system: str, answer: float, paper: float, prefill_flops_per_s: float) -> float:
     """Sequences in a batch that give a cell, by bisection."""
-    low, high = 1.0, 1e5
-    for _ in range(45):
-        middle = (low + high) / 2
-        low, high = (
-            (middle, high) if tokens_per_s(system, answer, middle, prefill_flops_per_s) < paper else (low, middle)
-        )
-    return low
+    return bisected(lambda x: tokens_per_s(system, answer, x, prefill_flops_per_s) < paper, 1.0, 1e5, 45)[0]
 
 
 @cache

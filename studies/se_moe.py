@@ -55,7 +55,7 @@ def claims() -> list[Claim]:
     """Time and memory."""
     saved = (LAYERS - RING) * PER_GPU * EXPERT_BYTES
     return [
-        Claim("step with the ring, layers that compute 1.2 times as long as a copy", "figure 11", "1 to 1.05",
+        Claim("step with the ring, layers that compute 1.2 times as long as a copy", "ring test", "1 to 1.05",
               slower(1.2), "ratio"),
         Claim("step with the ring, layers that compute half as long", "not at hand", None, slower(0.5), "ratio"),
         Claim("the least that a layer must compute", "not at hand", None, COPY_S, "s"),

@@ -23,7 +23,7 @@ from moesim.files.hardware import load_cluster
 from moesim.network.routes import Fabric
 from moesim.network.sends import seconds
 from moesim.policies.collective import Flat, Rails, Ranks, TokenTraffic
-from moesim.study import Claim
+from moesim.study import Claim, bisected
 
 NUM_NODES, PER_NODE = 16, 8
 RANK_BYTES = 64 * 2.0**20
@@ -47,12 +47,12 @@ def exchange_s(num_nodes: int, half_size_bytes: float) -> tuple[float, float, fl
 
 def fitted_half_size_bytes() -> float:
     """The size of a message at half of the rate that gives the paper's ratio of flat to between nodes, by bisection."""
-    low, high = 0.0, RANK_BYTES
-    for _ in range(60):
-        middle = (low + high) / 2
-        flat, between, _ = exchange_s(NUM_NODES, middle)
-        low, high = (middle, high) if flat / between < FLAT_S / BETWEEN_S else (low, middle)
-    return low
+
+    def is_low(size: float) -> bool:
+        flat, between, _ = exchange_s(NUM_NODES, size)
+        return flat / between < FLAT_S / BETWEEN_S
+
+    return bisected(is_low, 0.0, RANK_BYTES, 60)[0]
 
 
 def messages() -> tuple[float, float]:

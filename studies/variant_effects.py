@@ -47,7 +47,7 @@ from moesim.routing.variants import (
     top_k,
     top_p,
 )
-from moesim.study import Claim
+from moesim.study import Claim, bisected
 
 Floats = NDArray[np.float64]
 GPUS, K, FREE, HEADS = 16, 8, 16, 4
@@ -80,10 +80,7 @@ def with_free(scores_TE: Floats) -> Routed:
 
 def at_mean(rule: Callable[[float], Routed], low: float, high: float) -> Routed:
     """The rule at the parameter that gives a mean of `K` experts, by bisection."""
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rule(middle).mean_experts < K else (low, middle)
-    return rule(high)
+    return rule(bisected(lambda x: rule(x).mean_experts < K, low, high, 20)[1])
 
 
 def top_p_at_mean(scores_TE: Floats) -> Routed:

@@ -32,7 +32,7 @@ from moesim.policies.executor import (
     look_up,
     savings,
     schedule,
-)  # fmt: skip
+)
 from moesim.policies.grouping import GROUPINGS, LongestQueue, Regrouped
 from moesim.policies.predictor import PREDICTORS, Oracle, OracleStated
 from moesim.policies.prefetch import PREFETCHERS, WholePathAhead

@@ -31,6 +31,12 @@ def host_of(cluster: Cluster, numa_aware: bool = True) -> Device | None:
     return replace(host, memory=memory, flops_per_s=peaks)
 
 
+def host_bytes_per_s(cluster: Cluster, bound: str) -> float:
+    """What host memory has for everybody; 0 where there is no host."""
+    host = host_of(cluster) or cluster.host
+    return host.memory.bytes_per_s * compute.efficiency(host, "memory", bound) if host else 0.0
+
+
 class Prices:
     """Experts of one model on one machine.
 
@@ -58,10 +64,7 @@ class Prices:
         self.launch_s = float(operators.launches(2.0).seconds)
         bound = operators.bound
         self.cold_s = compute.launch_s(host, bound) if host else 0.0
-        self.host_bytes_per_s = 0.0
-        if cluster.host is not None:
-            whole = host_of(cluster) or cluster.host
-            self.host_bytes_per_s = whole.memory.bytes_per_s * compute.efficiency(whole, "memory", bound)
+        self.host_bytes_per_s = host_bytes_per_s(cluster, bound)
         disk = cluster.disk
         self.disk_start_s = disk.memory.latency_s + compute.launch_s(disk, bound) if disk else 0.0
         self.disk_bytes_per_s = disk.memory.bytes_per_s * compute.efficiency(disk, "memory", bound) if disk else np.inf

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from moesim.costs import compute
 from moesim.costs.operators import Operators
 from moesim.costs.streaming import Streams
 from moesim.hardware import SOURCES
-from moesim.offload.prices import host_of
+from moesim.offload.prices import host_bytes_per_s
 from moesim.policies.batching import BATCHINGS, Job
 from moesim.results import Record, Result
 from moesim.scenario import Scenario
@@ -25,14 +27,13 @@ def streams_of(scenario: Scenario, bound: str = "value") -> Streams:
     gives them."""
     s, device = scenario, scenario.cluster.device
     assert s.cluster.host is not None
-    host = host_of(s.cluster) or s.cluster.host
-    memory = host.memory.bytes_per_s * compute.efficiency(host, "memory", bound)
-    copied_s = float(Operators(device, bound, s.tables, s.calibration).host_copy(1e9, s.cluster).seconds)
+    memory = host_bytes_per_s(s.cluster, bound)
+    copied_s = float(Operators(device, bound).host_copy(1e9, s.cluster).seconds)
     peak = compute.arithmetic_flops_per_s(device, s.model.dtypes.experts)
     return Streams(
         s.model.weight_bytes, s.model.kv_bytes_per_token, 2 * s.model.num_active_params, 1e9 / copied_s,
-        peak * compute.efficiency(device, "grouped_gemm", bound), memory if host.flops_per_s else 1e-9,
-        s.cluster.host.memory.capacity_bytes * max(s.cluster.num_hosts, 1), memory,
+        peak * compute.efficiency(device, "grouped_gemm", bound), memory if s.cluster.host.flops_per_s else 1e-9,
+        s.cluster.host_memory_bytes, memory,
     )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def streamed(scenario: Scenario, bound: str, engine: str, timeline: int = 0) -> 
     plan = BATCHINGS[s.policies.batching]().plan(streams, job)
     requests = s.workload.num_requests
     served = float(np.clip(np.floor(plan.sequences), 1, requests))
-    plan = type(plan)(served, plan.cpu_share, plan.kv_on_gpu, plan.mixes_prompts)
+    plan = replace(plan, sequences=served)
     busy_s = plan.busy_s(streams, job)
     step_s, limit = max(busy_s.values()), max(busy_s, key=lambda name: busy_s[name])
     prefill_s = plan.prefill_s(streams, job)

@@ -15,12 +15,7 @@ import numpy as np
 
 
 class Streams(Protocol):
-    """What a step costs, see `moesim.costs.streaming`. flops: of a token; gpu_flops_per_s: as reached."""
-
-    @property
-    def flops(self) -> float: ...  # noqa: D102
-    @property
-    def gpu_flops_per_s(self) -> float: ...  # noqa: D102
+    """What a step costs, see `moesim.costs.streaming`."""
 
     def host_sequences(self, tokens: float) -> float:
         """Sequences of so many tokens whose caches fit in host memory."""

@@ -37,7 +37,7 @@ class LongestQueue:
     """The tokens of the expert that most tokens wait for, then those of the next one, until the batch is full; an
     expert is that of a token's first choice in the first layer.
 
-    Source: Read-ME (arXiv 2410.19123), section 4.2, where a token has the same expert in all layers.
+    Source: Read-ME (arXiv 2410.19123), where a token has the same expert in all layers.
     """
 
     def batch(self, ids_TLK: NDArray[np.integer], num_experts: int, size: int) -> Ids:
@@ -53,7 +53,7 @@ class Regrouped:
     experts that tokens use, over all layers; the group with the oldest token goes first.
 
     rounds: assignments at most.
-    Source: ExpertFlow (arXiv 2410.17954), section III-C, token scheduler.
+    Source: ExpertFlow (arXiv 2410.17954), token scheduler.
     """
 
     rounds: int = 10

@@ -204,7 +204,7 @@ class ByActivity(_Plain):
 class WholePathAhead(_Plain):
     """All that is predicted, the nearest layer first, as many as have slots. A miss goes before all of it.
 
-    Source: ExpertFlow (arXiv 2410.17954), section III-D.
+    Source: ExpertFlow (arXiv 2410.17954).
     """
 
     preempts: ClassVar[bool] = True
