@@ -54,6 +54,57 @@ def zipf_trace(
     )
 
 
+def topic_trace(
+    num_layers: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    num_topics: int,
+    concentration: float,
+    skew: float = 0.5,
+    faithfulness: float = 0.9,
+    num_requests: int,
+    tokens: int,
+    seed: int = 0,
+    requests_seed: int = 0,
+) -> RoutingTrace:
+    """A trace of requests that each have a topic; a topic has its own experts in every layer, so that layers go together.
+
+    A topic's popularity of an expert is a gamma variate of shape `concentration` (the smaller, the fewer experts a topic
+    has) times the expert's own, lognormal with `skew`; both come from `seed`. A token is of its request's topic with
+    probability `faithfulness`, else of any; `requests_seed` draws requests and tokens, so that two traces may be of the
+    same topics. All tokens are generated ones.
+    """
+    rng, drawn = np.random.default_rng(seed), np.random.default_rng([seed, requests_seed])
+    popularity_LE = np.exp(rng.normal(0, skew, (num_layers, num_experts)))
+    weight_CLE = rng.gamma(concentration, size=(num_topics, num_layers, num_experts)) * popularity_LE
+    weight_CLE = np.maximum(weight_CLE / weight_CLE.sum(axis=2, keepdims=True), 1e-9).astype(np.float32)
+    num_tokens = num_requests * tokens
+    own_T = np.repeat(drawn.integers(0, num_topics, num_requests), tokens)
+    topic_T = np.where(drawn.random(num_tokens) < faithfulness, own_T, drawn.integers(0, num_topics, num_tokens))
+    ids_TLK = np.empty((num_tokens, num_layers, top_k), np.uint8 if num_experts <= 256 else np.uint16)
+    for layer in range(num_layers):
+        for start in range(0, num_tokens, 8192):  # the K first of a race of exponentials are K draws without replacement
+            topic_B = topic_T[start : start + 8192]
+            race = drawn.standard_exponential((len(topic_B), num_experts), dtype=np.float32)
+            race /= weight_CLE[topic_B, layer]
+            ids_TLK[start : start + 8192, layer] = np.argpartition(race, top_k - 1)[:, :top_k]
+    position_T = np.tile(np.arange(tokens, dtype=np.int32), num_requests)
+    return RoutingTrace(
+        name=f"topics-{num_layers}x{num_experts}",
+        model=f"none: {num_topics} topics of concentration {concentration:g}",
+        origin="synthetic",
+        num_experts=num_experts,
+        expert_ids_TLK=ids_TLK,
+        request_T=np.repeat(np.arange(num_requests, dtype=np.int32), tokens),
+        position_T=position_T,
+        is_decode_T=np.ones(num_tokens, np.bool_),
+        token_id_T=None,
+        layers=tuple(range(num_layers)),
+        provenance={"source": f"numpy default_rng, seeds {seed} and {requests_seed}"},
+    )
+
+
 def even_trace(
     num_layers: int, num_experts: int, top_k: int, num_groups: int = 1, top_groups: int = 1, *, seed: int = 0
 ) -> RoutingTrace:

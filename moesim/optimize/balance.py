@@ -1,0 +1,284 @@
+"""Balanced placement, compiled: as many copies as EPLB, longest first, then swaps; and the least load that there can be.
+
+Of one layer, alone: E experts with loads, P slots on R ranks. An expert with c copies puts load / c on each of their ranks;
+a rank of speed v with a load of x is as full as one of speed 1 with x / v. What is wanted is the least fullest rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int32]
+
+SLACK = 1e-3
+"""How near to the bound a layer is good enough."""
+KICKS, MOVES, DONORS = 20, 8, 4
+"""Random trades; moves of a copy, from one of so many lightest experts: what is tried where swaps do not get so far."""
+PAIR_MOVES, PAIR_DONORS = 24, 6
+"""The same where ranks have two slots at most, and a try costs a microsecond."""
+
+
+@njit(cache=True)
+def copies_of(load_E, num_slots):  # type: ignore[no-untyped-def]
+    """Copies of each expert, [E]: every further one goes to the expert whose copies are the busiest.
+
+    No numbers of copies give a smaller load of the busiest copy. Source: as EPLB does.
+    """
+    count_E = np.ones(len(load_E), np.int64)
+    for _ in range(num_slots - len(load_E)):
+        count_E[np.argmax(load_E / count_E)] += 1
+    return count_E
+
+
+@njit(cache=True)
+def _packed(load_P, size_R, speed_R):  # type: ignore[no-untyped-def]
+    """Items on ranks that have room: the heaviest first, to the rank that is then the least full, [R, S]; loads, [R]."""
+    num_ranks = len(size_R)
+    item_RS = np.full((num_ranks, size_R.max()), -1, np.int64)
+    filled_R, rank_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks)
+    for item in np.argsort(-load_P, kind="mergesort"):
+        best, least = -1, np.inf
+        for r in range(num_ranks):
+            if filled_R[r] < size_R[r]:
+                full = (rank_R[r] + load_P[item]) / speed_R[r]
+                if full < least:
+                    best, least = r, full
+        item_RS[best, filled_R[best]] = item
+        filled_R[best] += 1
+        rank_R[best] += load_P[item]
+    return item_RS, rank_R
+
+
+@njit(cache=True)
+def _fullest(rank_R, speed_R):  # type: ignore[no-untyped-def]
+    fullest = 0
+    for r in range(1, len(rank_R)):
+        if rank_R[r] * speed_R[fullest] > rank_R[fullest] * speed_R[r]:
+            fullest = r
+    return fullest
+
+
+@njit(cache=True)
+def _swap(load_P, item_RS, rank_R, size_R, speed_R, target):  # type: ignore[no-untyped-def]
+    """Swap an item of the fullest rank for one of another rank, the swap that leaves the fuller of both least full, as
+    long as that helps and the fullest rank is above `target`."""
+    for _ in range(20 * len(rank_R)):
+        a = _fullest(rank_R, speed_R)
+        now = rank_R[a] / speed_R[a]
+        if now <= target:
+            return
+        least, gone, other, into = now, -1, -1, -1
+        for b in range(len(rank_R)):
+            if b == a or rank_R[b] / speed_R[b] >= least:
+                continue
+            for i in range(size_R[a]):
+                mine = load_P[item_RS[a, i]]
+                for j in range(size_R[b]):
+                    moved = mine - load_P[item_RS[b, j]]
+                    if moved > 0:
+                        fuller = max((rank_R[a] - moved) / speed_R[a], (rank_R[b] + moved) / speed_R[b])
+                        if fuller < least:
+                            least, gone, other, into = fuller, i, b, j
+        if gone < 0 or least >= now * (1 - 1e-12):
+            return
+        moved = load_P[item_RS[a, gone]] - load_P[item_RS[other, into]]
+        item_RS[a, gone], item_RS[other, into] = item_RS[other, into], item_RS[a, gone]
+        rank_R[a] -= moved
+        rank_R[other] += moved
+
+
+@njit(cache=True)
+def _packed_best(load_E, count_E, size_R, speed_R, target, kicks):  # type: ignore[no-untyped-def]
+    """Longest first, swaps, and trades with swaps after each: expert in each slot, [P]; how full the fullest rank is."""
+    num_slots, num_ranks = count_E.sum(), len(size_R)
+    expert_P, load_P = np.zeros(num_slots, np.int64), np.zeros(num_slots)
+    p = 0
+    for e in range(len(load_E)):
+        for _ in range(count_E[e]):
+            expert_P[p], load_P[p] = e, load_E[e] / count_E[e]
+            p += 1
+    item_RS, rank_R = _packed(load_P, size_R, speed_R)
+    _swap(load_P, item_RS, rank_R, size_R, speed_R, target)
+    best_RS, best_R = item_RS.copy(), rank_R.copy()
+    best = (best_R / speed_R).max()
+    for _ in range(kicks):
+        if best <= target:
+            break
+        a = _fullest(rank_R, speed_R)
+        for _ in range(2):  # trade an item of the fullest rank for any other, and go on from there
+            b = np.random.randint(num_ranks)
+            if a == b or size_R[b] == 0:
+                continue
+            i, j = np.random.randint(size_R[a]), np.random.randint(size_R[b])
+            moved = load_P[item_RS[a, i]] - load_P[item_RS[b, j]]
+            item_RS[a, i], item_RS[b, j] = item_RS[b, j], item_RS[a, i]
+            rank_R[a] -= moved
+            rank_R[b] += moved
+        _swap(load_P, item_RS, rank_R, size_R, speed_R, target)
+        now = (rank_R / speed_R).max()
+        if now < best:
+            best, best_RS, best_R = now, item_RS.copy(), rank_R.copy()
+        elif now > best * (1 + 1e-3):
+            item_RS, rank_R = best_RS.copy(), best_R.copy()
+    slot_P = np.zeros(num_slots, np.int32)
+    p = 0
+    for r in range(num_ranks):
+        for i in range(size_R[r]):
+            slot_P[p] = expert_P[best_RS[r, i]]
+            p += 1
+    return slot_P, best
+
+
+@njit(cache=True)
+def _merged(value_P, owner_P, load_E, count_E, taker, giver, into_P, owners_P):  # type: ignore[no-untyped-def]
+    """The copies' loads in order after a copy went from `giver` to `taker` (none where alike), into the last two."""
+    more, fewer = load_E[taker] / (count_E[taker] + 1), load_E[giver] / max(count_E[giver] - 1, 1)
+    left_more, left_fewer = count_E[taker] + 1, count_E[giver] - 1
+    n = 0
+    for p in range(len(value_P) + 1):
+        value = value_P[p] if p < len(value_P) else np.inf
+        while (left_more > 0 and more <= value) or (left_fewer > 0 and fewer <= value):
+            if left_more > 0 and (left_fewer == 0 or more <= fewer):
+                into_P[n], owners_P[n] = more, taker
+                left_more -= 1
+            else:
+                into_P[n], owners_P[n] = fewer, giver
+                left_fewer -= 1
+            n += 1
+        if p < len(value_P) and owner_P[p] != taker and owner_P[p] != giver:
+            into_P[n], owners_P[n] = value, owner_P[p]
+            n += 1
+
+
+@njit(cache=True)
+def _paired(load_E, count_E, num_ranks, target, moves, donors):  # type: ignore[no-untyped-def]
+    """On ranks alike that hold two copies each (or one, where there are too few): the lightest with the heaviest.
+
+    No other pairs of the same copies have a smaller heaviest pair. Copies then move as in `balanced`. Expert in each slot
+    of two on each rank, [2 R], -1 where there is none; the load of the heaviest pair.
+    """
+    num_slots = count_E.sum()
+    alone = 2 * num_ranks - num_slots
+    value_P, owner_P = np.empty(num_slots), np.empty(num_slots, np.int64)
+    p = 0
+    for e in range(len(load_E)):
+        for _ in range(count_E[e]):
+            value_P[p], owner_P[p] = load_E[e] / count_E[e], e
+            p += 1
+    order = np.argsort(value_P, kind="mergesort")
+    value_P, owner_P = value_P[order], owner_P[order]
+    tried_P, tried_owner_P = np.empty(num_slots), np.empty(num_slots, np.int64)
+    without_E = np.empty(len(load_E))
+    best, at = -1.0, 0
+    for r in range(num_ranks):
+        low = value_P[r - alone] if r >= alone else 0.0
+        if low + value_P[num_slots - 1 - r] > best:
+            best, at = low + value_P[num_slots - 1 - r], r
+    for _ in range(moves if num_slots > len(load_E) else 0):
+        if best <= target:
+            break
+        for e in range(len(load_E)):
+            without_E[e] = load_E[e] / (count_E[e] - 1) if count_E[e] > 1 else np.inf
+        least, taker, giver = best * (1 - 1e-9), -1, -1
+        for _ in range(donors):
+            d = np.argmin(without_E)
+            if without_E[d] == np.inf:
+                break
+            without_E[d] = np.inf
+            for side in range(2):
+                if side == 1 and at < alone:
+                    continue
+                e = owner_P[num_slots - 1 - at] if side == 0 else owner_P[at - alone]
+                if e == d or count_E[e] >= num_ranks:
+                    continue
+                _merged(value_P, owner_P, load_E, count_E, e, d, tried_P, tried_owner_P)
+                heaviest = 0.0
+                for r in range(num_ranks):
+                    low = tried_P[r - alone] if r >= alone else 0.0
+                    heaviest = max(heaviest, low + tried_P[num_slots - 1 - r])
+                if heaviest < least:
+                    least, taker, giver = heaviest, e, d
+        if taker < 0:
+            break
+        _merged(value_P, owner_P, load_E, count_E, taker, giver, tried_P, tried_owner_P)
+        value_P, tried_P = tried_P, value_P
+        owner_P, tried_owner_P = tried_owner_P, owner_P
+        count_E[taker] += 1
+        count_E[giver] -= 1
+        best = -1.0
+        for r in range(num_ranks):
+            low = value_P[r - alone] if r >= alone else 0.0
+            if low + value_P[num_slots - 1 - r] > best:
+                best, at = low + value_P[num_slots - 1 - r], r
+    slot_P = np.full(2 * num_ranks, -1, np.int64)
+    for r in range(num_ranks):
+        slot_P[2 * r] = owner_P[num_slots - 1 - r]
+        if r >= alone:
+            slot_P[2 * r + 1] = owner_P[r - alone]
+    return slot_P, best
+
+
+@njit(cache=True)
+def _busiest(slot_P, first_R, load_E, count_E, speed_R):  # type: ignore[no-untyped-def]
+    busiest, most = 0, -1.0
+    for r in range(len(speed_R)):
+        total = 0.0
+        for p in range(first_R[r], first_R[r + 1]):
+            total += load_E[slot_P[p]] / count_E[slot_P[p]]
+        if total / speed_R[r] > most:
+            busiest, most = r, total / speed_R[r]
+    return busiest
+
+
+@njit(cache=True)
+def balanced(load_LE, first_R, speed_R, slack, kicks, moves, donors):  # type: ignore[no-untyped-def]
+    """Expert in each slot, int32 [L, P]; the same for the same loads.
+
+    Source: Graham, SIAM Journal on Applied Mathematics 1969, for packing longest first; the rest is our own.
+    """
+    num_layers, num_slots, num_ranks = load_LE.shape[0], first_R[-1], len(speed_R)
+    size_R = first_R[1:] - first_R[:-1]
+    slot_LP = np.zeros((num_layers, num_slots), np.int32)
+    in_pairs = size_R.max() == 2 and size_R.min() >= 1 and speed_R.min() == speed_R.max()
+    np.random.seed(0)
+    for layer in range(num_layers):
+        load_E = load_LE[layer]
+        count_E = copies_of(load_E, num_slots)
+        target = max(load_E.sum() / speed_R.sum(), (load_E / count_E).max() / speed_R.max()) * (1 + slack)
+        if in_pairs:
+            pair_P, best = _paired(load_E, count_E, num_ranks, target, PAIR_MOVES, PAIR_DONORS)
+            alone = 2 * num_ranks - num_slots
+            r1, r2 = 0, alone  # ranks of one slot and of two, in the order of their pairs
+            for r in range(num_ranks):
+                if size_R[r] == 1:
+                    slot_LP[layer, first_R[r]] = pair_P[2 * r1]
+                    r1 += 1
+                else:
+                    slot_LP[layer, first_R[r]], slot_LP[layer, first_R[r] + 1] = pair_P[2 * r2], pair_P[2 * r2 + 1]
+                    r2 += 1
+            continue
+        best_P, best = _packed_best(load_E, count_E, size_R, speed_R, target, kicks)
+        for _ in range(moves):  # of a copy, from an expert that is light without it to one of the fullest rank
+            if best <= target or num_slots == len(load_E):
+                break
+            a, now = _busiest(best_P, first_R, load_E, count_E, speed_R), best
+            without_E = np.where(count_E > 1, load_E / np.maximum(count_E - 1, 1), np.inf)
+            givers, from_P, from_E = np.argsort(without_E)[:donors], best_P, count_E
+            for p in range(first_R[a], first_R[a + 1]):
+                e = from_P[p]
+                for d in givers:
+                    if d == e or from_E[d] < 2 or from_E[e] >= num_ranks:
+                        continue
+                    tried_E = from_E.copy()
+                    tried_E[d] -= 1
+                    tried_E[e] += 1
+                    tried_P, tried = _packed_best(load_E, tried_E, size_R, speed_R, target, 0)
+                    if tried < best * (1 - 1e-9):
+                        best_P, best, count_E = tried_P, tried, tried_E
+            if best >= now:
+                break
+        slot_LP[layer] = best_P
+    return slot_LP
