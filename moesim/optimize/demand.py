@@ -36,13 +36,14 @@ class Demand:
     load_SLE: float64 [S, L, E], tokens of each expert in each step.
     next_LEE: float32 [L - 1, E, E], pairs of a choice in a layer and a choice of the same token in the next layer.
     together_LEE: float32 [L, E, E], tokens that choose both of two experts, on the diagonal 0.
-    ids_TLK: the choices themselves.
+    ids_TLK, request_T: the choices themselves, and the request of each token.
     """
 
     load_SLE: Floats
     next_LEE: Singles
     together_LEE: Singles
     ids_TLK: NDArray[np.unsignedinteger]
+    request_T: NDArray[np.int32]
 
     @classmethod
     def of(cls, trace: RoutingTrace, rows: NDArray[np.int64] | None = None, tokens_per_step: int = 4096) -> Demand:
@@ -62,14 +63,20 @@ class Demand:
         next_LEE = np.zeros((max(num_layers - 1, 0), num_experts, num_experts), np.float32)
         together_LEE = np.zeros((num_layers, num_experts, num_experts), np.float32)
         _count(ids_TLK, step_T, load_SLE, next_LEE, together_LEE)
-        return cls(load_SLE, next_LEE, together_LEE, ids_TLK)
+        return cls(load_SLE, next_LEE, together_LEE, ids_TLK, request[order])
 
     @classmethod
     def of_load(cls, load_LE: Floats) -> Demand:
         """Of loads alone, as counts give them: nothing is known of what goes together."""
         num_layers, num_experts = load_LE.shape
         empty = np.zeros((0, num_experts, num_experts), np.float32)
-        return cls(np.asarray(load_LE, np.float64)[None], empty, empty, np.zeros((0, num_layers, 1), np.uint8))
+        no_ids, no_requests = np.zeros((0, num_layers, 1), np.uint8), np.zeros(0, np.int32)
+        return cls(np.asarray(load_LE, np.float64)[None], empty, empty, no_ids, no_requests)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether it is known what goes together."""
+        return len(self.ids_TLK) > 0
 
     @property
     def load_LE(self) -> Floats:
