@@ -51,18 +51,23 @@ def _least_load(problem: Problem, load_E: Floats) -> float:
     return least
 
 
-def pair_load_L(problem: Problem, load_LE: Floats, places: int = 20, rounds: int = 8) -> Floats:
+def pair_load_L(
+    problem: Problem, load_LE: Floats, places: int = 20, rounds: int = 8, clock: Clock | None = None
+) -> Floats:
     """As `least_load_L`, on ranks alike with two slots at most: how many copies each expert has is left to a linear
     programme, in which, for each of some loads a, there are no more copies above t - a than fit beside one of a or less.
 
     Copies in pairs of t at most need that (Hall's condition), and a smaller t than the one found breaks it whatever the
-    numbers of copies. Found by halving `rounds` times, to the lower end.
+    numbers of copies. Found by halving `rounds` times, to the lower end; layers that `clock` leaves no time for have the
+    bound of `least_load_L`.
     """
     least_L = least_load_L(problem, load_LE)
     if problem.slots_R.max() != 2 or not (problem.speed_R == problem.speed_R[0]).all():
         return least_L
     alone = 2 * problem.num_ranks - problem.num_slots
     for layer, load_E in enumerate(np.asarray(load_LE, np.float64)):
+        if clock is not None and clock.is_over:
+            break
         low, high = float(least_L[layer]), 1.3 * float(least_L[layer])
         for _ in range(rounds):
             middle = (low + high) / 2
