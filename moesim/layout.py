@@ -129,7 +129,8 @@ class Layout:
 class Placement:
     """Physical expert slots of one expert-parallel group.
 
-    slot_expert_LP: int32 [L, P], the expert in each slot; slots of one rank are neighbours, P / ep of them.
+    slot_expert_LP: int32 [L, P], the expert in each slot, -1 where it holds none; slots of one rank are neighbours,
+        P / ep of them.
     """
 
     slot_expert_LP: NDArray[np.int32]
@@ -146,7 +147,8 @@ class Placement:
         """
         num_layers, num_slots = self.slot_expert_LP.shape
         count_LE = np.zeros((num_layers, num_experts), np.int32)
-        np.add.at(count_LE, (np.arange(num_layers)[:, None], self.slot_expert_LP), 1)
+        layer_F, slot_F = np.nonzero(self.slot_expert_LP >= 0)
+        np.add.at(count_LE, (layer_F, self.slot_expert_LP[layer_F, slot_F]), 1)
         if (count_LE == 0).any():
             layer, expert = np.argwhere(count_LE == 0)[0]
             raise ValueError(f"placement: expert {expert} of MoE layer {layer} has no slot on any rank")
@@ -154,7 +156,26 @@ class Placement:
         filled_LE = np.zeros_like(count_LE)
         layers = np.arange(num_layers)
         for slot in range(num_slots):
-            expert_L = self.slot_expert_LP[:, slot]
-            slots_LEX[layers, expert_L, filled_LE[layers, expert_L]] = slot
-            filled_LE[layers, expert_L] += 1
+            held_L = layers[self.slot_expert_LP[:, slot] >= 0]
+            expert_L = self.slot_expert_LP[held_L, slot]
+            slots_LEX[held_L, expert_L, filled_LE[held_L, expert_L]] = slot
+            filled_LE[held_L, expert_L] += 1
         return slots_LEX, count_LE
+
+    def mistakes(self, num_layers: int, num_experts: int, num_slots: int) -> list[str]:
+        """What keeps this from being the placement of a model's experts on ranks of a layout."""
+        have, want = self.slot_expert_LP.shape, (num_layers, num_slots)
+        if have != want:
+            return [
+                f"policies.placement: the map has {have[0]} layers of {have[1]} slots, the set-up {want[0]} of {want[1]} "
+                "(experts and redundant ones); use a map made for it"
+            ]
+        least, most = int(self.slot_expert_LP.min()), int(self.slot_expert_LP.max())
+        if least < 0 or most >= num_experts:
+            wrong = least if least < 0 else most
+            return [f"policies.placement: the map has expert {wrong} in a slot; experts are 0 to {num_experts - 1}"]
+        try:
+            self.replicas(num_experts)
+        except ValueError as error:
+            return [f"policies.{error}; every expert needs one"]
+        return []

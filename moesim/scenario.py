@@ -15,7 +15,7 @@ from moesim.costs.calibration import Calibration
 from moesim.costs.measured import MeasuredTables
 from moesim.faults import Faults
 from moesim.hardware import Cluster
-from moesim.layout import Layout
+from moesim.layout import Layout, Placement
 from moesim.model import BYTES_PER_PARAM, Experts, ModelSpec
 from moesim.policies import REGISTRIES, Policies
 from moesim.policies.batching import BATCHINGS
@@ -41,6 +41,7 @@ class Scenario:
     tables: measured kernels of the machine's device; where they do not reach, rooflines stand.
     calibration: constants fitted to real runs, and how far predictions with them were off.
     plain: the scenario as plain data, as written in its file, for the record.
+    placement: where experts lie, read from the file that `policies.placement` names; None where that names a policy.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Scenario:
     engine: str = "simulate"
     seed: int = 0
     plain: Mapping[str, Any] = field(default_factory=dict)
+    placement: Placement | None = None
 
     def stream(self, consumer: str) -> np.random.Generator:
         """The consumer's own stream of random numbers, which no other consumer moves."""
@@ -79,7 +81,8 @@ class Scenario:
         """Whether a policy wants the loads of requests that are not replayed."""
         cache = CACHES.get(self.policies.cache)
         places = PLACEMENTS.get(self.policies.placement)
-        return bool(places and places.needs_load) or bool(self.is_offloaded and cache and cache.needs_history)
+        is_fitted = self.placement is not None or bool(places and places.needs_load)
+        return is_fitted or bool(self.is_offloaded and cache and cache.needs_history)
 
     def memory_bytes(self) -> dict[str, float]:
         """Bytes by part on the fullest device, and its capacity."""
@@ -150,7 +153,12 @@ class Scenario:
     def _policy_mistakes(self) -> list[str]:
         found = []
         for kind, registry in REGISTRIES.items():
-            if (name := getattr(self.policies, kind)) not in registry:
+            if kind == "placement" and self.placement is not None:
+                routed, slots = self.model.experts, self.layout.num_redundant_experts
+                found += self.placement.mistakes(
+                    len(self.model.moe_layers), routed.num_experts, routed.num_experts + slots
+                )
+            elif (name := getattr(self.policies, kind)) not in registry:
                 found.append(f"policies.{kind}: unknown {name!r}; one of {', '.join(registry)} would do")
         fraction = self.policies.device_expert_fraction
         if not 0 <= fraction <= 1:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib import resources
 from typing import Any
 
 import click
 
-KINDS = ("models", "hardware", "policies", "traces", "studies")
+KINDS = ("models", "hardware", "policies", "methods", "traces", "studies")
 
 
 @click.command("list")
 @click.argument("kind", type=click.Choice(KINDS))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def list_command(kind: str, as_json: bool) -> None:
-    """List models, hardware, policies, traces or studies."""
+    """List models, hardware, policies, methods of placement, traces or studies."""
     rows = {
         "models": _models,
         "hardware": _hardware,
         "policies": _policies,
+        "methods": _methods,
         "traces": _traces,
         "studies": _studies,
     }[kind]()
@@ -63,6 +65,25 @@ def _models() -> list[dict[str, Any]]:
                 "top k": e.top_k if e else 0,
                 "KV (KiB/token)": m.kv_bytes_per_token / 1024,
                 "weights (GiB)": m.weight_bytes / 2**30,
+            }
+        )
+    return rows
+
+
+def _methods() -> list[dict[str, Any]]:
+    from moesim.optimize.methods import METHODS
+    from moesim.policies.placement import PLACEMENTS
+
+    rows = []
+    for name, method in METHODS.items():
+        policy = getattr(method, "policy", None)
+        says = (type(policy) if name in PLACEMENTS else type(method) if policy else sys.modules[type(method).__module__])
+        rows.append(
+            {
+                "method": name,
+                "copies": "yes" if method.takes_copies else "no",
+                "uneven ranks": "yes" if method.takes_uneven else "no",
+                "what it does": (says.__doc__ or "").strip().partition("\n")[0],
             }
         )
     return rows

@@ -21,6 +21,7 @@ from moesim.files.counts import is_count_file, read_counts
 from moesim.files.hardware import load_cluster
 from moesim.files.keys import nearest
 from moesim.files.models import load_model
+from moesim.files.placements import read_placement
 from moesim.files.profiles.calibrated import load_calibration
 from moesim.files.profiles.tables import load_profile
 from moesim.files.structure import structure
@@ -168,6 +169,14 @@ def _build(
     for key, cls in _TABLES.items():
         if key in values or key == "workload":
             parts[key] = structure(cls, values.get(key, {}), f"{prefix}{key}", mistakes)
+    policies, placement = parts.get("policies", Policies()), None
+    if policies is not None and policies.placement.endswith(".json") and "layout" in parts and parts["layout"]:
+        layout: Layout = parts["layout"]
+        try:
+            path = beside_file(policies.placement, folder)
+            placement = read_placement(path, layout.experts.ep - layout.num_shared_expert_ranks)
+        except ValueError as error:
+            mistakes.append(f"{prefix}policies.placement: {error}")
     if len(mistakes) > before:
         return None
     scenario = Scenario(
@@ -177,13 +186,14 @@ def _build(
         layout=parts.get("layout", Layout(AttentionGrid(), ExpertGrid())),
         workload=parts["workload"],
         trace=parts["trace"],
-        policies=parts.get("policies", Policies()),
+        policies=policies,
         faults=parts.get("faults", Faults()),
         tables=parts.get("profile", MeasuredTables()),
         calibration=parts.get("calibration"),
         engine=values.get("engine", "simulate"),
         seed=values.get("seed", 0),
         plain=values,
+        placement=placement,
     )
     if wants_fit:
         policies = dataclasses.replace(scenario.policies, device_expert_fraction=scenario.fitting_expert_fraction())

@@ -114,9 +114,10 @@ class Iterations:
         for layer in range(len(load_LE) if len(rows) else 0):
             ids = s.trace.expert_ids_TLK[rows, layer].ravel()
             load_LE[layer] = np.bincount(ids, minlength=routed.num_experts)
-        policy = PLACEMENTS[s.policies.placement]()
         slots = routed.num_experts + s.layout.num_redundant_experts
-        placement = policy.place(slots, ep - shared, s.cluster.devices_per_node, load_LE)
+        placement = s.placement or PLACEMENTS[s.policies.placement]().place(
+            slots, ep - shared, s.cluster.devices_per_node, load_LE
+        )
         last_LP = np.full((len(load_LE), shared), routed.num_experts, np.int32)
         return Placement(np.concatenate([placement.slot_expert_LP, last_LP], axis=1), ep)
 

@@ -1,0 +1,245 @@
+"""`moesim place`: where the experts of a scenario should lie, and how good that is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moesim.optimize.demand import Demand
+    from moesim.optimize.place import Placed
+    from moesim.optimize.problem import Problem, Weights
+    from moesim.scenario import Scenario
+
+LOOKS = {  # of a term: what a person would call it
+    "load": "fullest rank over the mean, all tokens",
+    "steps": "fullest rank over the mean, in each step",
+    "rank": "transitions to another rank",
+    "node": "transitions to another node",
+    "rack": "transitions to another rack",
+    "spread": "pairs of a token's experts in different nodes",
+    "moved": "experts that must travel",
+    "reach": "nodes that a token reaches in a layer",
+    "fresh": "... that it was not in for the layer before",
+}
+SHARES = ("rank", "node", "rack", "spread", "moved")
+
+
+@click.command("place")
+@click.argument("scenario", type=click.Path(path_type=Path))
+@click.option("--set", "changes", multiple=True, metavar="PATH=VALUE", help="Change one key; repeatable.")
+@click.option("--method", default="annealed", help="How to search: see `moesim list methods`.")
+@click.option(
+    "--weights", "weighed", default="load=1", metavar="TERM=W,...",
+    help="What is to be small: load, steps, rank, node, rack, spread, moved.",
+)  # fmt: skip
+@click.option("--slack", type=float, default=0.05, help="How much less even than the most even, for traffic's sake.")
+@click.option("--time-limit-s", type=float, default=60.0, help="Stop searching then, with the best so far.")
+@click.option("--bound-limit-s", type=float, default=20.0, help="Prove for so long what no placement can do better.")
+@click.option("--tokens-per-step", type=int, default=1024, help="Tokens of a step, for the term of steps.")
+@click.option("--per-rack", type=int, default=0, help="Ranks in a rack, for the term of racks.")
+@click.option("--today", type=click.Path(path_type=Path), help="An expert map (JSON) that experts move from.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the expert map, EPLB's JSON.")
+@click.option("--csv", "table", type=click.Path(path_type=Path), help="Write it as ExFlow's CSV.")
+@click.option("--frontier", type=click.Path(path_type=Path), help="Draw traffic against balance (.png, .svg).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def place_command(
+    scenario: Path, changes: tuple[str, ...], method: str, weighed: str, slack: float, time_limit_s: float,
+    bound_limit_s: float, tokens_per_step: int, per_rack: int, today: Path | None, output: Path | None,
+    table: Path | None, frontier: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Place the experts of SCENARIO by the routing of half of its trace's requests, and judge that on the other half.
+
+    Ctrl-C ends the search with the best placement so far. Slow ranks of [faults] are given less.
+    """
+    from moesim import verbs
+    from moesim.files.placements import placement_csv, placement_json, read_placement
+    from moesim.optimize.clock import Clock
+    from moesim.optimize.place import place
+    from moesim.report import check_target, replace_file
+
+    for target in (output, table, frontier):
+        if target:
+            check_target(target)
+    base = verbs.load(scenario, changes)[0]
+    before = read_placement(today, base.layout.experts.ep) if today else None
+    problem = _problem(base, _weights(weighed), slack, per_rack, None if before is None else before.slot_expert_LP)
+    fit, heldout = _halves(base, tokens_per_step)
+    clock = Clock(time_limit_s)
+    with clock.asked_by_ctrl_c():
+        placed = place(problem, fit, heldout, method=method, clock=clock, bound_s=bound_limit_s)
+    placement = problem.as_placement(placed.slot_LP)
+    if output:
+        replace_file(output, placement_json(placement, problem.num_experts).encode())
+    if table:
+        replace_file(table, placement_csv(placement, problem.num_experts).encode())
+    if frontier:
+        from moesim.report.placement import write_frontier
+
+        write_frontier(frontier_of(problem, fit, heldout, method, time_limit_s), frontier)
+    simulated = _simulated(base, placed)
+    if as_json:
+        click.echo(json.dumps({**placed.as_json(), "simulated_tpot_s": simulated}, indent=2))
+    else:
+        _print(placed, simulated)
+    for path in (output, table, frontier):
+        if path:
+            click.echo(f"written: {path}", err=True)
+    if placed.cut_short == "interrupted":
+        sys.exit(130)
+
+
+def _weights(text: str) -> Weights:
+    from moesim.optimize.problem import Weights
+
+    known, given = [item.name for item in fields(Weights)], {"load": 0.0}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            given[name.strip()] = float(value or 1.0)
+        except ValueError:
+            raise ValueError(f"--weights {text}: {part!r} must be TERM=NUMBER, as in node=1,load=0.2") from None
+        if name.strip() not in known:
+            raise ValueError(f"--weights {text}: unknown {name.strip()!r}; one of {', '.join(known)} would do")
+    return Weights(**given)
+
+
+def _problem(base: Scenario, weights: Weights, slack: float, per_rack: int, today: np.ndarray | None) -> Problem:
+    """The placement problem of a scenario."""
+    from moesim.optimize.problem import Problem
+
+    layout, model = base.layout, base.model
+    ep = layout.experts.ep - layout.num_shared_expert_ranks
+    if not model.moe_layers or ep < 2:
+        raise ValueError(
+            f"{base.name}: placement needs experts that are spread over ranks; the layout has ep = {layout.experts.ep}"
+        )
+    per_node = min(base.cluster.devices_per_node, ep)
+    if ep % per_node:
+        raise ValueError(f"{base.name}: {ep} ranks that hold experts are not whole nodes of {per_node}")
+    problem = Problem.even(
+        model.experts.num_experts, ep, per_node, layout.num_redundant_experts, weights=weights, slack=slack,
+        num_groups=model.experts.num_groups, per_rack=per_rack,
+    )  # fmt: skip
+    slowdown_R = base.faults.slowdown_R(base.cluster.num_ranks)
+    if slowdown_R is not None:
+        speed_R = 1 / slowdown_R[:ep]
+        problem = replace(problem, speed_R=speed_R / speed_R.max())
+    problem = replace(problem, today=today)
+    if found := problem.mistakes():
+        raise ValueError("\n".join(found))
+    return problem
+
+
+def _halves(base: Scenario, tokens_per_step: int) -> tuple[Demand, Demand]:
+    """Of requests that are known beforehand, and of those that a run replays."""
+    import numpy as np
+
+    from moesim.optimize.demand import Demand
+    from moesim.routing.replay import Replay
+
+    if len(np.unique(base.trace.request_T)) < 2:
+        raise ValueError(f"{base.name}: trace {base.trace.name!r} has one request; placing needs some to be judged on")
+    history = Replay(base.trace, base.stream("replay"), keeps_history=True).history
+    others = np.setdiff1d(np.arange(base.trace.num_tokens), history)
+    fit, heldout = (Demand.of(base.trace, np.sort(rows), tokens_per_step) for rows in (history, others))
+    return fit, heldout
+
+
+def _simulated(base: Scenario, placed: Placed) -> dict[str, float]:
+    """Seconds per output token of the scenario (requests held out) with the placement and with two others."""
+    from moesim.estimate import estimate
+
+    if not placed.problem.is_even and int(placed.problem.slots_R.min()) != int(placed.problem.slots_R.max()):
+        return {}
+    variants = {
+        placed.method: replace(base, placement=placed.problem.as_placement(placed.slot_LP)),
+        # the same requests for all: those whose load is not known beforehand
+        "contiguous": replace(base, placement=_contiguous(placed.problem, len(placed.slot_LP))),
+        "eplb": replace(base, placement=None, policies=replace(base.policies, placement="eplb")),
+    }
+    return {name: estimate(variant, "value", 0).metrics["tpot_s"] for name, variant in variants.items()}
+
+
+def _contiguous(problem: Problem, num_layers: int):  # type: ignore[no-untyped-def]
+    import numpy as np
+
+    from moesim.policies.placement import Contiguous
+
+    load_LE = np.zeros((num_layers, problem.num_experts))
+    return Contiguous().place(problem.num_slots, problem.num_ranks, problem.per_node, load_LE)
+
+
+def frontier_of(
+    problem: Problem, fit: Demand, heldout: Demand, method: str, time_limit_s: float
+) -> list[tuple[str, float, float]]:
+    """What is held out of each placement: name or slack, fullest rank over the mean, transitions to other nodes."""
+    from moesim.optimize.clock import Clock
+    from moesim.optimize.methods import METHODS
+    from moesim.optimize.problem import Weights
+    from moesim.optimize.score import scored
+
+    found = []
+    for name in ("contiguous", "eplb", "swaps"):
+        score = scored(problem, METHODS[name].place(problem, fit, Clock()), heldout)
+        found.append((name, score.load, score.node))
+    for slack in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+        weighed = replace(problem, slack=slack, weights=Weights(load=0.0, node=1.0), today=None)
+        score = scored(problem, METHODS[method].place(weighed, fit, Clock(time_limit_s)), heldout)
+        found.append((f"slack {slack:.0%}", score.load, score.node))
+    return found
+
+
+def _print(placed: Placed, simulated: dict[str, float]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    problem, console = placed.problem, Console()
+    console = console if console.is_terminal else Console(width=110)
+    weights = {item.name: getattr(problem.weights, item.name) for item in fields(problem.weights)}
+    said = ", ".join(f"{name} {value:g}" for name, value in weights.items() if value)
+    console.print(
+        f"{problem.num_experts} experts of {len(placed.slot_LP)} layers in {problem.num_slots} slots on "
+        f"{problem.num_ranks} ranks, {problem.num_nodes} nodes; weights: {said}"
+    )
+    table = Table(box=box.SIMPLE_HEAD, title=f"On requests held out, by {placed.method} and others", title_justify="left")
+    table.add_column("")
+    names = list(placed.heldout)
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("proven bound*", justify="right")
+    for term, words in LOOKS.items():
+        values = [getattr(placed.heldout[name], term) for name in names]
+        if all(value == 0 or value != value for value in values):
+            continue
+        bound = placed.bounds.get(term)
+        cells = [_said(term, value) for value in values]
+        table.add_row(words, *cells, "" if bound is None else _said(term, bound))
+    if simulated:
+        table.add_row("simulated time per output token", *(f"{simulated[name] * 1e3:.2f} ms" for name in names), "")
+    console.print(table)
+    if placed.oracle_steps == placed.oracle_steps:
+        console.print(
+            f"headroom in steps: {placed.oracle_steps:.3f} if every step had a placement of its own (an oracle)"
+        )
+    gap = f"{placed.gap_fraction:.2%} above" if placed.lower_bound > 0 else "above"
+    console.print(
+        f"objective {placed.objective:.5g} on the requests it was made for, {gap} the proven bound {placed.lower_bound:.5g}"
+        f" ({', '.join(f'{name} {value:.5g}' for name, value in placed.baselines.items())}); {placed.seconds:.2f} s"
+        + (f"; stopped: {placed.cut_short}" if placed.cut_short else "")
+    )
+    console.print("* of the requests that it was made for: no placement as even as the slack asks has less there")
+    if placed.excess:
+        console.print(f"the fullest rank or node is {placed.excess:.1%} above what the slack allows")
+
+
+def _said(term: str, value: float) -> str:
+    return f"{value:.2%}" if term in SHARES else f"{value:.3f}"
