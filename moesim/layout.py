@@ -167,7 +167,8 @@ class Placement:
         have, want = self.slot_expert_LP.shape, (num_layers, num_slots)
         if have != want:
             return [
-                f"policies.placement: the map has {have[0]} layers of {have[1]} slots, the set-up {want[0]} of {want[1]} "
+                f"policies.placement: the map has {have[0]} layers of {have[1]} slots, the set-up {want[0]} of "
+                f"{want[1]} "
                 "(experts and redundant ones); use a map made for it"
             ]
         least, most = int(self.slot_expert_LP.min()), int(self.slot_expert_LP.max())

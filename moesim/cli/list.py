@@ -77,7 +77,7 @@ def _methods() -> list[dict[str, Any]]:
     rows = []
     for name, method in METHODS.items():
         policy = getattr(method, "policy", None)
-        says = (type(policy) if name in PLACEMENTS else type(method) if policy else sys.modules[type(method).__module__])
+        says = type(policy) if name in PLACEMENTS else type(method) if policy else sys.modules[type(method).__module__]
         rows.append(
             {
                 "method": name,

@@ -210,7 +210,9 @@ def _print(placed: Placed, simulated: dict[str, float]) -> None:
         f"{problem.num_experts} experts of {len(placed.slot_LP)} layers in {problem.num_slots} slots on "
         f"{problem.num_ranks} ranks, {problem.num_nodes} nodes; weights: {said}"
     )
-    table = Table(box=box.SIMPLE_HEAD, title=f"On requests held out, by {placed.method} and others", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"On requests held out, by {placed.method} and others", title_justify="left"
+    )
     table.add_column("")
     names = list(placed.heldout)
     for name in names:
@@ -232,7 +234,8 @@ def _print(placed: Placed, simulated: dict[str, float]) -> None:
         )
     gap = f"{placed.gap_fraction:.2%} above" if placed.lower_bound > 0 else "above"
     console.print(
-        f"objective {placed.objective:.5g} on the requests it was made for, {gap} the proven bound {placed.lower_bound:.5g}"
+        f"objective {placed.objective:.5g} on the requests it was made for, {gap} the proven bound "
+        f"{placed.lower_bound:.5g}"
         f" ({', '.join(f'{name} {value:.5g}' for name, value in placed.baselines.items())}); {placed.seconds:.2f} s"
         + (f"; stopped: {placed.cut_short}" if placed.cut_short else "")
     )

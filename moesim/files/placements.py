@@ -66,7 +66,9 @@ def read_placement(path: Path, ep: int) -> Placement:
         raise ValueError(f"{path}: {key}: must be a list of layers, each a list of as many experts")
     said = values.get("num_ranks", ep)
     if said != ep:
-        raise ValueError(f"{path}: num_ranks: is {said!r}, the layout has {ep} expert-parallel ranks; use a map for {ep}")
+        raise ValueError(
+            f"{path}: num_ranks: is {said!r}, the layout has {ep} expert-parallel ranks; use a map for {ep}"
+        )
     if slot_LP.shape[1] % ep:
         raise ValueError(f"{path}: {key}: {slot_LP.shape[1]} slots do not divide evenly among {ep} ranks")
     return Placement(slot_LP.astype(np.int32), ep)

@@ -2,9 +2,8 @@
 
 What is made small is what leaves its group: of pairs of experts that one token chooses in layers that follow each other
 ("next"), or in one layer ("together"), on groups of ranks at one or more levels (node, rack, rank), an expert's copies
-sharing its tokens evenly. A table of how much each expert has to do with each group makes the worth of a swap known in a
-few look-ups; only a swap that is made costs a pass over the experts of its layer and of both neighbours.
-"""
+sharing its tokens evenly. A table of how much each expert has to do with each group makes the worth of a swap known
+in a few look-ups; only a swap that is made costs a pass over the experts of its layer and of both neighbours."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ def attractions(slot_LP, group_VP, num_groups, count_LE, next_LEE, together_LEE,
 
 @njit(cache=True)
 def _holds(slot_P, first, last, expert):  # type: ignore[no-untyped-def]
-    for p in range(first, last):
+    for p in range(first, last):  # noqa: SIM110  (compiled)
         if slot_P[p] == expert:
             return True
     return False
@@ -89,7 +88,8 @@ def anneal(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Try `num_tries` swaps in every layer, in place, at one temperature; the gain of the objective.
 
-    rank_LR, node_LN: load; cap_L, node_cap_LN: what no rank (at its speed) and no node may exceed, unless it does before.
+    rank_LR, node_LN: load; cap_L, node_cap_LN: what no rank (at its speed) and no node may exceed, unless it does
+        before.
     share_SLE, step_LSR: load of a copy of each expert, and of each rank, in steps whose fullest rank costs `worth_S`.
     heat: 0 takes only what is better.
     """

@@ -1,7 +1,8 @@
-"""Balanced placement, compiled: as many copies as EPLB, longest first, then swaps; and the least load that there can be.
+"""Balanced placement, compiled: as many copies as EPLB, longest first, then swaps and moves of copies.
 
-Of one layer, alone: E experts with loads, P slots on R ranks. An expert with c copies puts load / c on each of their ranks;
-a rank of speed v with a load of x is as full as one of speed 1 with x / v. What is wanted is the least fullest rank.
+Of one layer, alone: E experts with loads, P slots on R ranks. An expert with c copies puts load / c on each of their
+ranks; a rank of speed v with a load of x is as full as one of speed 1 with x / v. What is wanted is the least fullest
+rank.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def copies_of(load_E, num_slots):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _packed(load_P, size_R, speed_R):  # type: ignore[no-untyped-def]
-    """Items on ranks that have room: the heaviest first, to the rank that is then the least full, [R, S]; loads, [R]."""
+    """Items on ranks, [R, S]: the heaviest first, to the rank that is then the least full; loads, [R]."""
     num_ranks = len(size_R)
     item_RS = np.full((num_ranks, size_R.max()), -1, np.int64)
     filled_R, rank_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks)
@@ -92,7 +93,7 @@ def _swap(load_P, item_RS, rank_R, size_R, speed_R, target):  # type: ignore[no-
 
 @njit(cache=True)
 def _packed_best(load_E, count_E, size_R, speed_R, target, kicks):  # type: ignore[no-untyped-def]
-    """Longest first, swaps, and trades with swaps after each: expert in each slot, [P]; how full the fullest rank is."""
+    """Longest first, swaps, and trades with swaps after each: expert in each slot, [P]; how full the fullest is."""
     num_slots, num_ranks = count_E.sum(), len(size_R)
     expert_P, load_P = np.zeros(num_slots, np.int64), np.zeros(num_slots)
     p = 0
@@ -157,8 +158,8 @@ def _merged(value_P, owner_P, load_E, count_E, taker, giver, into_P, owners_P): 
 def _paired(load_E, count_E, num_ranks, target, moves, donors):  # type: ignore[no-untyped-def]
     """On ranks alike that hold two copies each (or one, where there are too few): the lightest with the heaviest.
 
-    No other pairs of the same copies have a smaller heaviest pair. Copies then move as in `balanced`. Expert in each slot
-    of two on each rank, [2 R], -1 where there is none; the load of the heaviest pair.
+    No other pairs of the same copies have a smaller heaviest pair. Copies then move as in `balanced`. Expert in each
+    slot of two on each rank, [2 R], -1 where there is none; the load of the heaviest pair.
     """
     num_slots = count_E.sum()
     alone = 2 * num_ranks - num_slots
@@ -182,7 +183,7 @@ def _paired(load_E, count_E, num_ranks, target, moves, donors):  # type: ignore[
             break
         for e in range(len(load_E)):
             without_E[e] = load_E[e] / (count_E[e] - 1) if count_E[e] > 1 else np.inf
-        least, taker, giver = best * (1 - 1e-9), -1, -1
+        least, taker, giver = best * (1 - 1e-9), np.int64(-1), np.int64(-1)
         for _ in range(donors):
             d = np.argmin(without_E)
             if without_E[d] == np.inf:

@@ -1,9 +1,9 @@
 """What no placement can do better than: proofs, by which an answer is judged.
 
-Load: the mean rank; the busiest copy; where no expert has copies, items that must share a rank; where ranks have two slots
-at most, a linear programme over numbers of copies. Traffic: each expert's closest neighbours (matching), the singular
-values of the transitions (spectral), and the best split of the transitions between these two. All hold with copies that
-share an expert's tokens evenly, and none looks at a solution.
+Load: the mean rank; the busiest copy; where no expert has copies, those that must share a rank; where ranks have two
+slots at most, a linear programme over numbers of copies. Traffic: each expert's closest neighbours (matching), the
+singular values of the transitions (spectral), and the best split of the transitions between these two. All hold with
+copies that share an expert's tokens evenly, and none looks at a solution.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def pair_load_L(
     problem: Problem, load_LE: Floats, places: int = 20, rounds: int = 8, clock: Clock | None = None
 ) -> Floats:
     """As `least_load_L`, on ranks alike with two slots at most: how many copies each expert has is left to a linear
-    programme, in which, for each of some loads a, there are no more copies above t - a than fit beside one of a or less.
+    programme, in which, for each of some loads a, no more copies are above t - a than fit beside one of a or less.
 
     Copies in pairs of t at most need that (Hall's condition), and a smaller t than the one found breaks it whatever the
-    numbers of copies. Found by halving `rounds` times, to the lower end; layers that `clock` leaves no time for have the
-    bound of `least_load_L`.
+    numbers of copies. Found by halving `rounds` times, to the lower end; layers that `clock` leaves no time for have
+    the bound of `least_load_L`.
     """
     least_L = least_load_L(problem, load_LE)
     if problem.slots_R.max() != 2 or not (problem.speed_R == problem.speed_R[0]).all():
@@ -106,8 +106,8 @@ def _pairs_may_fit(problem: Problem, load_E: Floats, t: float, alone: int, place
         ]
     )
     empty = sparse.csr_matrix((many, len(copies_V)))
-    few = sparse.hstack([empty, sparse.diags(fewest_E[:many] + listed), -sparse.identity(many), none_E[:many]])
-    much = sparse.hstack([empty, -sparse.diags(most_E[:many]), sparse.identity(many), none_E[:many]])
+    few = sparse.hstack([empty, sparse.diags(fewest_E[:many] + float(listed)), -sparse.identity(many), none_E[:many]])
+    much = sparse.hstack([empty, -sparse.diags(most_E[:many] * 1.0), sparse.identity(many), none_E[:many]])
     found = linprog(
         np.append(np.zeros(equal.shape[1] - 1), 1.0),
         A_ub=sparse.vstack([hall_A, few, much]) if many else hall_A,
@@ -133,7 +133,9 @@ class TrafficBounds:
         return max(0.0, self.matching, self.spectral, self.split)
 
 
-def least_left(problem: Problem, demand: Demand, level: str, share_L: Floats, clock: Clock, rounds: int = 40) -> TrafficBounds:
+def least_left(
+    problem: Problem, demand: Demand, level: str, share_L: Floats, clock: Clock, rounds: int = 40
+) -> TrafficBounds:
     """The least share of transitions that go to another group of ranks ("rank", "node", "rack").
 
     With x and y the shares of experts in groups, in two layers that follow each other, and W their transitions, what
@@ -156,7 +158,8 @@ def least_left(problem: Problem, demand: Demand, level: str, share_L: Floats, cl
         of_layer = float(pairs_EE.sum())
         if of_layer:
             whole_EE = np.asarray(pairs_EE / of_layer, np.float32)
-            stays += of_layer * np.minimum(1.0, _stay(whole_EE, slots, float(share_L[layer : layer + 2].max()), clock, rounds))
+            share = float(share_L[layer : layer + 2].max())
+            stays += of_layer * np.minimum(1.0, _stay(whole_EE, slots, share, clock, rounds))
     return TrafficBounds(*(1 - stays / total).tolist())
 
 
@@ -171,12 +174,9 @@ def _stay(whole_EE: NDArray[np.float32], slots: int, share: float, clock: Clock,
         return share * float((sigma * weight).sum()), share * ((left * weight) @ right) * scale_EE
 
     def matching(part_EE: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
-        near = np.argpartition(-part_EE, slots - 1, axis=1)[:, :slots] if slots < part_EE.shape[1] else ...
-        taken_EE = np.zeros_like(part_EE)
-        if near is ...:
-            taken_EE[:] = 1
-        else:
-            np.put_along_axis(taken_EE, near, 1.0, axis=1)
+        taken_EE = np.ones_like(part_EE)
+        if slots < part_EE.shape[1]:
+            np.put_along_axis(taken_EE, np.argpartition(-part_EE, slots - 1, axis=1)[:, slots:], 0.0, axis=1)
         taken_EE *= part_EE > 0
         return float((part_EE * taken_EE).sum()), taken_EE
 

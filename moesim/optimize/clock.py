@@ -39,6 +39,15 @@ class Clock:
         return "interrupted" if self.was_asked else "time limit" if self.is_over else ""
 
     @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is done inside does not count."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start
+
+    @contextmanager
     def asked_by_ctrl_c(self) -> Iterator[None]:
         """Ctrl-C asks this clock to stop, the first time; the second one interrupts as ever."""
 

@@ -1,7 +1,7 @@
 """A placement problem: experts of every layer into slots of ranks, what the ranks are, and what is to be small.
 
-Everywhere in `moesim.optimize` a placement is `slot_LP`, int32 [L, P]: the expert in each slot, slots of one rank side by
-side, ranks in order; ranks may have unlike numbers of slots.
+Everywhere in `moesim.optimize` a placement is `slot_LP`, int32 [L, P]: the expert in each slot, slots of one rank
+side by side, ranks in order; ranks may have unlike numbers of slots.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Problem:
         if num_slots % ep:
             fit = -num_experts % ep
             raise ValueError(
-                f"placement: {num_experts} experts + {num_redundant} redundant = {num_slots} do not divide evenly among "
+                f"placement: {num_experts} experts + {num_redundant} redundant = {num_slots} do not divide "
+                "evenly among "
                 f"{ep} ranks; {fit} redundant would do"
             )
         slots_R = np.full(ep, num_slots // ep, np.int32)
@@ -100,18 +101,21 @@ class Problem:
             found.append(f"placement: slots of a rank must be 0 or more, given {int(self.slots_R.min())}")
         elif short > 0:
             found.append(
-                f"placement: {self.num_experts} experts need as many slots in each layer, the {ranks} ranks have {slots}, "
-                f"{short} too few; {-(-short // ranks)} more on each rank, or {-(-short * ranks // max(slots, 1))} more "
+                f"placement: {self.num_experts} experts need as many slots in each layer, the {ranks} ranks "
+                f"have {slots}, "
+                f"{short} too few; {-(-short // ranks)} more on each rank, or "
+                f"{-(-short * ranks // max(slots, 1))} more "
                 "ranks like these, would do"
             )
         if (most := int(self.slots_R.max(initial=0))) > self.num_experts:
             found.append(
-                f"placement: a rank has {most} slots for {self.num_experts} experts, {most - self.num_experts} more than "
+                f"placement: a rank has {most} slots for {self.num_experts} experts, {most - self.num_experts} "
+                "more than "
                 "it can use; fewer redundant experts would do"
             )
         if len(self.speed_R) != ranks or not (self.speed_R > 0).all():
             found.append(f"placement: every one of {ranks} ranks needs a speed above 0, given {self.speed_R.tolist()}")
-        if self.per_node < 1 or ranks % self.per_node and ranks > self.per_node:
+        if self.per_node < 1 or (ranks % self.per_node and ranks > self.per_node):
             found.append(f"placement: {ranks} ranks are not whole nodes of {self.per_node}")
         if self.per_rack and self.per_rack % self.per_node:
             found.append(f"placement: a rack of {self.per_rack} ranks is not whole nodes of {self.per_node}")
@@ -196,7 +200,8 @@ class Problem:
         has_RS = np.arange(size) < self.slots_R[:, None]
         if whole_LRS.shape[1:] != has_RS.shape or ((whole_LRS >= 0) != has_RS).any():
             raise ValueError(
-                f"placement: {whole_LRS.shape[1]} ranks of {whole_LRS.shape[2]} slots, wanted are {self.num_ranks} ranks "
+                f"placement: {whole_LRS.shape[1]} ranks of {whole_LRS.shape[2]} slots, wanted are "
+                f"{self.num_ranks} ranks "
                 f"of {int(self.slots_R.min())} to {size}"
             )
         return np.ascontiguousarray(whole_LRS[:, has_RS])

@@ -97,7 +97,7 @@ def moved_fraction(problem: Problem, slot_LP: Ints, before_LP: Ints) -> float:
     moved = 0
     for now_P, old_P in zip(slot_LP, before_LP, strict=True):
         held = set(zip(problem.rank_P.tolist(), old_P.tolist(), strict=True))
-        moved += sum(pair not in held for pair in set(zip(problem.rank_P.tolist(), now_P.tolist(), strict=True)))
+        moved += sum(pair not in held for pair in zip(problem.rank_P.tolist(), now_P.tolist(), strict=True))
     return moved / slot_LP.size
 
 

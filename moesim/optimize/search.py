@@ -1,4 +1,4 @@
-"""Our own search: the most even placement first; then, where more counts than the load, annealing that keeps it even."""
+"""Our own search: the most even placement; then, where more counts than the load, annealing that keeps it even."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moesim.optimize.balance import DONORS, KICKS, MOVES, SLACK, balanced
 from moesim.optimize.clock import Clock
 from moesim.optimize.demand import Demand
 from moesim.optimize.problem import Problem
-from moesim.optimize.score import fullest_SL, rank_load_SLR
+from moesim.optimize.score import rank_load_SLR
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
@@ -87,7 +87,9 @@ def annealed(
     even_LP = most_even(problem, load_LE)
     slot_LP = np.array(even_LP if start_LP is None else start_LP, np.int32)
     state = _State(problem, demand, slot_LP, Caps.of(problem, load_LE, even_LP))
-    np_seed(seed)
+    with clock.stopped():  # compiling, the first time, is not searching
+        state.sweep(0.0, 0)
+    seed_compiled(seed)
     heat = state.typical_gain()
     for sweep in range(sweeps):
         if clock.is_over:
@@ -157,6 +159,6 @@ class _State:
 
 
 @njit(cache=True)
-def np_seed(seed):  # type: ignore[no-untyped-def]
+def seed_compiled(seed):  # type: ignore[no-untyped-def]
     """Compiled code has random numbers of its own."""
     np.random.seed(seed)

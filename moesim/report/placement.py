@@ -19,7 +19,9 @@ def frontier(points: Sequence[tuple[str, float, float]]) -> Figure:
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.add_subplot()
     ours = [point for point in points if point[0].startswith("slack")]
-    axes.plot([load for _, load, _ in ours], [left for _, _, left in ours], "o-", color="#2a6f97", label="annealed, by slack")
+    axes.plot(
+        [load for _, load, _ in ours], [left for _, _, left in ours], "o-", color="#2a6f97", label="annealed, by slack"
+    )
     for name, load, left in ours:
         axes.annotate(name.removeprefix("slack "), (load, left), textcoords="offset points", xytext=(6, 6), fontsize=8)
     for marker, (name, load, left) in zip("sD^", [point for point in points if point not in ours], strict=False):

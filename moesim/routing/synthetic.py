@@ -68,12 +68,12 @@ def topic_trace(
     seed: int = 0,
     requests_seed: int = 0,
 ) -> RoutingTrace:
-    """A trace of requests that each have a topic; a topic has its own experts in every layer, so that layers go together.
+    """A trace of requests with a topic each; a topic has its own experts in every layer, so that layers go together.
 
-    A topic's popularity of an expert is a gamma variate of shape `concentration` (the smaller, the fewer experts a topic
-    has) times the expert's own, lognormal with `skew`; both come from `seed`. A token is of its request's topic with
-    probability `faithfulness`, else of any; `requests_seed` draws requests and tokens, so that two traces may be of the
-    same topics. All tokens are generated ones.
+    A topic's popularity of an expert is a gamma variate of shape `concentration` (the smaller, the fewer experts a
+    topic has) times the expert's own, lognormal with `skew`; both come from `seed`. A token is of its request's topic
+    with probability `faithfulness`, else of any; `requests_seed` draws requests and tokens, so that two traces may be
+    of the same topics. All tokens are generated ones.
     """
     rng, drawn = np.random.default_rng(seed), np.random.default_rng([seed, requests_seed])
     popularity_LE = np.exp(rng.normal(0, skew, (num_layers, num_experts)))
@@ -84,7 +84,7 @@ def topic_trace(
     topic_T = np.where(drawn.random(num_tokens) < faithfulness, own_T, drawn.integers(0, num_topics, num_tokens))
     ids_TLK = np.empty((num_tokens, num_layers, top_k), np.uint8 if num_experts <= 256 else np.uint16)
     for layer in range(num_layers):
-        for start in range(0, num_tokens, 8192):  # the K first of a race of exponentials are K draws without replacement
+        for start in range(0, num_tokens, 8192):  # the K first of a race of exponentials: draws without replacement
             topic_B = topic_T[start : start + 8192]
             race = drawn.standard_exponential((len(topic_B), num_experts), dtype=np.float32)
             race /= weight_CLE[topic_B, layer]

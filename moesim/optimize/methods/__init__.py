@@ -22,16 +22,15 @@ from moesim.optimize.problem import Ints, Problem
 class Method(Protocol):
     """What every method has.
 
-    takes_uneven: ranks of unlike speeds or numbers of slots; takes_copies: more slots than experts; needs_pairs: a demand
-    that knows what goes together, not loads alone.
-    """
+    takes_uneven: ranks of unlike speeds or numbers of slots; takes_copies: more slots than experts; needs_pairs: a
+    demand that knows what goes together, not loads alone."""
 
     takes_uneven: ClassVar[bool]
     takes_copies: ClassVar[bool]
     needs_pairs: ClassVar[bool]
 
     def place(self, problem: Problem, demand: Demand, clock: Clock) -> Ints:
-        """The expert in each slot, int32 [L, P], each expert at least once in each layer; soon after the clock is over."""
+        """The expert in each slot, int32 [L, P], each expert at least once in each layer; soon after time is up."""
         ...
 
 

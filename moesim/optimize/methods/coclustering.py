@@ -21,7 +21,8 @@ from moesim.optimize.problem import Floats, Ints, Problem
 class CoClustering:
     """One clustering of requests for all layers, one of experts for each; clusters are ranks.
 
-    together, request, load: weights of what an expert has to do with the experts and with the requests of a cluster, and
+    together, request, load: weights of what an expert has to do with the experts and with the requests of a cluster,
+        and
         of the cluster's load, each as a share.
     swaps: tries of a pair, for each expert.
     """

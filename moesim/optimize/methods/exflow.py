@@ -1,9 +1,9 @@
 """ExFlow's integer programme: fewest transitions between GPUs with as many experts on each, first nodes, then GPUs.
 
-Source: ExFlow (arXiv 2401.08383). The paper counts tokens one by one; here transitions are counted together, pair by pair
-of experts, which is the same sum. Where the programme would be too large (`most_terms`), layers are assigned in turn with
-their neighbours fixed, which is exact for one layer (an assignment problem), until nothing gains; else that is the hint.
-"""
+Source: ExFlow (arXiv 2401.08383). The paper counts tokens one by one; here transitions are counted together, pair by
+pair of experts, which is the same sum. Where the programme would be too large (`most_terms`), layers are assigned in
+turn with their neighbours fixed, which is exact for one layer (an assignment problem), until nothing gains; else that
+is the hint."""
 
 from __future__ import annotations
 
@@ -39,16 +39,18 @@ class ExFlow:
 
     def place(self, problem: Problem, demand: Demand, clock: Clock) -> Ints:
         """All layers together."""
-        num_layers, num_experts = demand.num_layers, demand.num_experts
-        whole = np.tile(np.arange(num_experts), (num_layers, 1))
-        sizes = [problem.num_nodes] if self.staged and problem.num_nodes > 1 else [problem.num_ranks]
-        group_LE = self._assigned(demand.next_LEE, sizes[0], clock)
-        if sizes[0] == problem.num_ranks:
+        num_layers = demand.num_layers
+        whole = np.tile(np.arange(demand.num_experts), (num_layers, 1))
+        at_first = problem.num_nodes if self.staged and problem.num_nodes > 1 else problem.num_ranks
+        group_LE = self._assigned(demand.next_LEE, at_first, clock)
+        if at_first == problem.num_ranks:
             return np.argsort(group_LE, axis=1, kind="stable").astype(np.int32)
         slots = []
         for node in range(problem.num_nodes):
             mine_LN = whole[group_LE == node].reshape(num_layers, -1)
-            inner = np.array([w[np.ix_(a, b)] for w, a, b in zip(demand.next_LEE, mine_LN[:-1], mine_LN[1:], strict=True)])
+            inner = np.array(
+                [w[np.ix_(a, b)] for w, a, b in zip(demand.next_LEE, mine_LN[:-1], mine_LN[1:], strict=True)]
+            )
             rank_LN = self._assigned(inner, problem.num_ranks // problem.num_nodes, clock)
             slots.append(np.take_along_axis(mine_LN, np.argsort(rank_LN, axis=1, kind="stable"), axis=1))
         return np.concatenate(slots, axis=1).astype(np.int32)
@@ -64,7 +66,9 @@ class ExFlow:
     def _programme(next_LEE: Singles, num_groups: int, hint_LE: NDArray[np.int64], limit_s: float) -> NDArray[np.int64]:
         """The integer programme: a pair of experts costs its transitions unless both are in one group."""
         (num_layers, num_experts), model = hint_LE.shape, cp_model.CpModel()
-        x = [[[model.new_bool_var("") for _ in range(num_groups)] for _ in range(num_experts)] for _ in range(num_layers)]
+        x = [
+            [[model.new_bool_var("") for _ in range(num_groups)] for _ in range(num_experts)] for _ in range(num_layers)
+        ]
         for layer in range(num_layers):
             for e in range(num_experts):
                 model.add_exactly_one(x[layer][e])
@@ -85,7 +89,7 @@ class ExFlow:
         solver.parameters.max_time_in_seconds, solver.parameters.num_workers = limit_s, 2
         if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return hint_LE
-        return np.array([[[solver.value(v) for v in row] for row in rows] for rows in x]).argmax(axis=2)
+        return np.asarray(np.array([[[solver.value(v) for v in row] for row in rows] for rows in x]).argmax(axis=2))
 
 
 def in_turn(next_LEE: Singles, num_groups: int, clock: Clock, most_sweeps: int = 20) -> NDArray[np.int64]:
@@ -103,7 +107,7 @@ def in_turn(next_LEE: Singles, num_groups: int, clock: Clock, most_sweeps: int =
         now = 0.0
         for layer in order:
             worth_EG = np.zeros((num_experts, num_groups), np.float32)
-            if layer > 0 and (sweep or layer):
+            if layer > 0:
                 worth_EG += next_LEE[layer - 1].T @ one_of[group_LE[layer - 1]]
             if layer + 1 < num_layers and sweep:
                 worth_EG += next_LEE[layer] @ one_of[group_LE[layer + 1]]

@@ -19,8 +19,8 @@ from moesim.optimize.problem import Floats, Ints, Problem
 
 @dataclass(frozen=True)
 class Hecate:
-    """hidden_copies: how many experts a device can fetch while it computes what is not MoE; these many of the hottest go
-    to every device where it has so many free slots, else free slots are dealt in proportion to load."""
+    """hidden_copies: how many experts a device can fetch while it computes what is not MoE; these many of the hottest
+    go to every device where it has so many free slots, else free slots are dealt in proportion to load."""
 
     hidden_copies: int = 2
     takes_uneven: ClassVar[bool] = True
@@ -64,7 +64,7 @@ class Hecate:
         """Copies of the experts that have several (Algorithm 1)."""
         per_rank = free // ranks
         if 0 < self.hidden_copies <= per_rank:
-            hot = {e: ranks for e in order[: self.hidden_copies]}
+            hot = dict.fromkeys(order[: self.hidden_copies], ranks)
         else:
             top = order[: max(1, min(self.hidden_copies, len(order)))] if free else []
             share = load_E[top] / max(float(load_E[top].sum()), 1e-300) if top else np.zeros(0)

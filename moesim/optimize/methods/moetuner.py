@@ -1,8 +1,8 @@
 """MoETuner's two integer programmes: even clusters of experts in each layer, then which GPU has which cluster.
 
-Source: MoETuner (arXiv 2502.06643). The paper lets clusters of one layer have unlike numbers of experts, with equal totals
-over the layers; a method here must put as many experts of each layer on every rank (`clusters` does without that).
-"""
+Source: MoETuner (arXiv 2502.06643). The paper lets clusters of one layer have unlike numbers of experts, with equal
+totals over the layers; a method here must put as many experts of each layer on every rank (`clusters` does without
+that)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class MoeTuner:
         solver.parameters.relative_gap_limit, solver.parameters.num_workers = self.gap, 2
         if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return greedy_E
-        return np.array([[solver.value(v) for v in row] for row in y]).argmax(axis=1)
+        return np.asarray(np.array([[solver.value(v) for v in row] for row in y]).argmax(axis=1))
 
     @staticmethod
     def ranks(cluster_LE: NDArray[np.int64], demand: Demand, problem: Problem) -> NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -32,7 +32,7 @@ class OfPolicy:
 class HierarchicalEplb(OfPolicy):
     """EPLB that keeps expert groups, and copies, in their node, where the groups divide evenly among the nodes."""
 
-    policy: Placer = Eplb()
+    policy: Placer = field(default_factory=Eplb)
 
     def place(self, problem: Problem, demand: Demand, clock: Clock) -> Ints:
         """With the problem's number of groups."""

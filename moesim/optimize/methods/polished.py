@@ -1,8 +1,7 @@
 """Annealed, then large neighbourhoods: a few ranks of one layer emptied and filled anew, each time by a CP-SAT model.
 
-With the layers beside it fixed, what a layer keeps is a sum over experts and groups, so that such a model is linear, and
-exact; the placement so far is its hint. It proves of each neighbourhood that nothing better is in it.
-"""
+With the layers beside it fixed, what a layer keeps is a sum over experts and groups, so that such a model is linear,
+and exact; the placement so far is its hint. It proves of each neighbourhood that nothing better is in it."""
 
 from __future__ import annotations
 
@@ -24,7 +23,8 @@ SCALE = 1_000_000
 
 @dataclass(frozen=True)
 class Polished:
-    """num_ranks: emptied at a time, of different nodes where there are as many; rounds: neighbourhoods; limit_s: of each.
+    """num_ranks: emptied at a time, of different nodes where there are as many; rounds: neighbourhoods; limit_s: of
+    each.
 
     Only the transitions' terms of the objective are polished (rank, node, rack), within the same caps of load.
     """
@@ -48,8 +48,8 @@ class Polished:
             layer = int(rng.integers(demand.num_layers))
             order = rng.permutation(problem.num_ranks)
             node_R = problem.node_R[order]
-            apart = sorted(range(problem.num_ranks), key=lambda i: int((node_R[:i] == node_R[i]).sum()))  # noqa: B023
-            chosen = order[apart[: self.num_ranks]]
+            apart = sorted(range(problem.num_ranks), key=lambda i: int((node_R[:i] == node_R[i]).sum()))
+            chosen = order[apart[: self.num_ranks]].astype(np.int32)
             slot_LP[layer] = self._refilled(problem, demand, clock, caps, slot_LP, layer, chosen)
         both = (start_LP, slot_LP)  # what load costs is not polished, and may have grown
         return min(both, key=lambda one: scored(problem, one, demand).objective(problem.weights))
@@ -106,4 +106,4 @@ class Polished:
         if solver.solve(model) in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             place_I = np.array([[solver.value(v) for v in row] for row in x]).argmax(axis=1)
             result[slots] = items[np.argsort(place_I, kind="stable")]
-        return result
+        return np.asarray(result)
