@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_offload import offload
+from bench_placement import placement as placing
 from bench_serving import PEERS, serving
 
 from moesim.estimate import estimate
@@ -169,6 +170,7 @@ def main() -> None:
     figures.update(opening())
     figures.update(fair_shares())
     figures.update(offload())
+    figures.update(placing())
 
     python = [sys.executable, "-c"]
     empty = statistics.median(seconds(lambda: subprocess.run([*python, ""], check=True)) for _ in range(ROUNDS))
