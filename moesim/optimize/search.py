@@ -84,10 +84,10 @@ def annealed(
             what is better.
     """
     load_LE = np.ascontiguousarray(demand.load_LE)
-    even_LP = most_even(problem, load_LE)
-    slot_LP = np.array(even_LP if start_LP is None else start_LP, np.int32)
-    state = _State(problem, demand, slot_LP, Caps.of(problem, load_LE, even_LP))
     with clock.stopped():  # compiling, the first time, is not searching
+        even_LP = most_even(problem, load_LE)
+        slot_LP = np.array(even_LP if start_LP is None else start_LP, np.int32)
+        state = _State(problem, demand, slot_LP, Caps.of(problem, load_LE, even_LP))
         state.sweep(0.0, 0)
     seed_compiled(seed)
     heat = state.typical_gain()

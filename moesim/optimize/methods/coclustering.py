@@ -58,7 +58,7 @@ class CoClustering:
             share_LP = 1 / np.take_along_axis(problem.counts(slot_LP), slot_LP.astype(np.int64), axis=1)
             np.add.at(at_LER, (np.arange(num_layers)[:, None], slot_LP, problem.rank_P[None]), share_LP)
             local_QR = np.einsum("lqe,ler->qr", uses_LQE, at_LER, optimize=True)
-            rank_Q = self._requests(local_QR, problem.num_ranks)
+            rank_Q = self.homes(local_QR, problem.num_ranks)
             local = float(local_QR[np.arange(len(requests)), rank_Q].sum() / uses_LQE.sum())
             fullest = float(np.mean([full for _, full in found]))
             worth = local - fullest / problem.num_ranks
@@ -114,7 +114,7 @@ class CoClustering:
         return items[order].astype(np.int32), float(full_R.max() * num_ranks / max(load_E.sum(), 1e-300))
 
     @staticmethod
-    def _requests(local_QR: Floats, num_ranks: int) -> Ints:
+    def homes(local_QR: Floats, num_ranks: int) -> Ints:
         """Each request where most of its choices are, as long as a rank has room; the most one-sided ones first."""
         rank_Q = np.zeros(len(local_QR), np.int32)
         room_R = np.full(num_ranks, -(-len(local_QR) // num_ranks))

@@ -27,7 +27,7 @@ class ExFlow:
     """Load does not count, only numbers of experts.
 
     staged: nodes first, then ranks inside each; else ranks at once.
-    limit_s: seconds for each programme; most_terms: pairs of experts times groups of a programme.
+    limit_s: seconds for all programmes of a stage; most_terms: pairs of experts times groups of a programme.
     """
 
     staged: bool = True
@@ -39,28 +39,34 @@ class ExFlow:
 
     def place(self, problem: Problem, demand: Demand, clock: Clock) -> Ints:
         """All layers together."""
-        num_layers = demand.num_layers
+        num_layers, per_node = demand.num_layers, problem.num_ranks // problem.num_nodes
         whole = np.tile(np.arange(demand.num_experts), (num_layers, 1))
-        at_first = problem.num_nodes if self.staged and problem.num_nodes > 1 else problem.num_ranks
-        group_LE = self._assigned(demand.next_LEE, at_first, clock)
-        if at_first == problem.num_ranks:
-            return np.argsort(group_LE, axis=1, kind="stable").astype(np.int32)
-        slots = []
-        for node in range(problem.num_nodes):
-            mine_LN = whole[group_LE == node].reshape(num_layers, -1)
-            inner = np.array(
-                [w[np.ix_(a, b)] for w, a, b in zip(demand.next_LEE, mine_LN[:-1], mine_LN[1:], strict=True)]
-            )
-            rank_LN = self._assigned(inner, problem.num_ranks // problem.num_nodes, clock)
-            slots.append(np.take_along_axis(mine_LN, np.argsort(rank_LN, axis=1, kind="stable"), axis=1))
+        if not self.staged or problem.num_nodes == 1:
+            rank_LE = self._assigned([demand.next_LEE], problem.num_ranks, clock)[0]
+            return np.argsort(rank_LE, axis=1, kind="stable").astype(np.int32)
+        node_LE = self._assigned([demand.next_LEE], problem.num_nodes, clock)[0]
+        mine_NLE = [whole[node_LE == node].reshape(num_layers, -1) for node in range(problem.num_nodes)]
+        inner = [
+            np.array([w[np.ix_(a, b)] for w, a, b in zip(demand.next_LEE, mine_LE[:-1], mine_LE[1:], strict=True)])
+            for mine_LE in mine_NLE
+        ]
+        slots = [
+            np.take_along_axis(mine_LE, np.argsort(rank_LE, axis=1, kind="stable"), axis=1)
+            for mine_LE, rank_LE in zip(mine_NLE, self._assigned(inner, per_node, clock), strict=True)
+        ]
         return np.concatenate(slots, axis=1).astype(np.int32)
 
-    def _assigned(self, next_LEE: Singles, num_groups: int, clock: Clock) -> NDArray[np.int64]:
-        """Group of each expert, [L, E]."""
-        group_LE = in_turn(next_LEE, num_groups, clock)
-        if num_groups > 1 and np.count_nonzero(next_LEE) * num_groups <= self.most_terms and not clock.is_over:
-            group_LE = self._programme(next_LEE, num_groups, group_LE, min(self.limit_s, clock.left_s))
-        return group_LE
+    def _assigned(self, parts: list[Singles], num_groups: int, clock: Clock) -> list[NDArray[np.int64]]:
+        """Group of each expert, [L, E], of parts that have nothing to do with each other; they share the time."""
+        found = [in_turn(next_LEE, num_groups, clock) for next_LEE in parts]
+        small = [
+            i for i, next_LEE in enumerate(parts) if np.count_nonzero(next_LEE) * num_groups <= self.most_terms
+        ] if num_groups > 1 else []  # fmt: skip
+        for i in small:
+            if not clock.is_over:
+                limit_s = min(self.limit_s / len(small), clock.left_s)
+                found[i] = self._programme(parts[i], num_groups, found[i], limit_s)
+        return found
 
     @staticmethod
     def _programme(next_LEE: Singles, num_groups: int, hint_LE: NDArray[np.int64], limit_s: float) -> NDArray[np.int64]:
