@@ -52,7 +52,8 @@ def claims() -> list[Claim]:
         )  # fmt: skip
     found += [
         Claim(f"moves of a token, published placement, {gpus} GPUs", "published placements", theirs, None,
-              tolerance=0.05, because="its cost needs the tokens that it was solved for, and no routing of Mixtral's tokens is public")
+              tolerance=0.05,
+              because="its cost needs the tokens that it was solved for, and no routing of Mixtral's tokens is public")
         for gpus, (_, theirs) in PUBLISHED.items()
     ]  # fmt: skip
     saved = _savings()
