@@ -28,8 +28,8 @@ from moesim.routing.trace import joined
 from moesim.study import DATA, ESFT, public_trace
 
 # How strongly layers go together. "Strong" is where annealing can save a sixth of what crosses 4 nodes, "medium" half.
-STRONG = {"num_topics": 24, "concentration": 0.11}
-MEDIUM = {"num_topics": 32, "concentration": 0.5}
+STRONG = {"num_topics": 24, "concentration": 0.105}
+MEDIUM = {"num_topics": 32, "concentration": 0.4}
 SHARED = {"num_requests": 1024, "tokens": 16}
 
 
