@@ -13,9 +13,12 @@ import click
 if TYPE_CHECKING:
     import numpy as np
 
+    from moesim.optimize.choice import Chosen
     from moesim.optimize.demand import Demand
     from moesim.optimize.place import Placed
-    from moesim.optimize.problem import Problem, Weights
+    from moesim.optimize.price import Price
+    from moesim.optimize.problem import Problem
+    from moesim.routing.trace import RoutingTrace
     from moesim.scenario import Scenario
 
 LOOKS = {  # of a term: what a person would call it
@@ -38,13 +41,20 @@ SHARES = ("rank", "node", "rack", "spread", "moved")
 @click.option("--method", default="annealed", help="How to search: see `moesim list methods`.")
 @click.option(
     "--weights", "weighed", default="load=1", metavar="TERM=W,...",
-    help="What is to be small: load, steps, rank, node, rack, spread, moved.",
+    help="What is to be small: load, steps, rank, node, rack, spread, moved; time: of decode iterations, simulated.",
 )  # fmt: skip
 @click.option("--slack", type=float, default=0.05, help="How much less even than the most even, for traffic's sake.")
 @click.option("--time-limit-s", type=float, default=60.0, help="Stop searching then, with the best so far.")
 @click.option("--bound-limit-s", type=float, default=20.0, help="Prove for so long what no placement can do better.")
-@click.option("--tokens-per-step", type=int, default=1024, help="Tokens of a step, for the term of steps.")
+@click.option("--tokens-per-step", type=int, help="Tokens of a step, for the term of steps. Default: the requests'.")
 @click.option("--per-rack", type=int, default=0, help="Ranks in a rack, for the term of racks.")
+@click.option(
+    "--rank",
+    "unlike",
+    multiple=True,
+    metavar="R:KEY=VALUE,...",
+    help="A rank unlike the others: its speed (1 is the fastest), its slots; as in 3:speed=0.5,slots=4. Repeatable.",
+)
 @click.option("--today", type=click.Path(path_type=Path), help="An expert map (JSON) that experts move from.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the expert map, EPLB's JSON.")
 @click.option("--csv", "table", type=click.Path(path_type=Path), help="Write it as ExFlow's CSV.")
@@ -52,8 +62,8 @@ SHARES = ("rank", "node", "rack", "spread", "moved")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def place_command(
     scenario: Path, changes: tuple[str, ...], method: str, weighed: str, slack: float, time_limit_s: float,
-    bound_limit_s: float, tokens_per_step: int, per_rack: int, today: Path | None, output: Path | None,
-    table: Path | None, frontier: Path | None, as_json: bool,
+    bound_limit_s: float, tokens_per_step: int | None, per_rack: int, unlike: tuple[str, ...], today: Path | None,
+    output: Path | None, table: Path | None, frontier: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Place the experts of SCENARIO by the routing of half of its trace's requests, and judge that on the other half.
 
@@ -61,7 +71,9 @@ def place_command(
     """
     from moesim import verbs
     from moesim.files.placements import placement_csv, placement_json, read_placement
+    from moesim.optimize.choice import choices
     from moesim.optimize.clock import Clock
+    from moesim.optimize.demand import Demand
     from moesim.optimize.place import place
     from moesim.report import check_target, replace_file
 
@@ -70,8 +82,11 @@ def place_command(
             check_target(target)
     base = verbs.load(scenario, changes)[0]
     before = read_placement(today, base.layout.experts.ep) if today else None
-    problem = _problem(base, _weights(weighed), slack, per_rack, None if before is None else before.slot_expert_LP)
-    fit, heldout = _halves(base, tokens_per_step)
+    problem = _problem(base, slack, per_rack, unlike, None if before is None else before.slot_expert_LP)
+    known, others = _halves(base)
+    problem, price = _weighed(problem, _weights(weighed), base, known)
+    per_step = base.workload.num_requests if tokens_per_step is None else tokens_per_step
+    fit, heldout = (Demand.of(part, None, per_step) for part in (known, others))
     clock = Clock(time_limit_s)
     with clock.asked_by_ctrl_c():
         placed = place(problem, fit, heldout, method=method, clock=clock, bound_s=bound_limit_s)
@@ -85,10 +100,16 @@ def place_command(
 
         write_frontier(frontier_of(problem, fit, heldout, method, time_limit_s), frontier)
     simulated = _simulated(base, placed)
+    chosen = choices(problem, placed.slot_LP, heldout) if problem.num_slots > problem.num_experts else {}
     if as_json:
-        click.echo(json.dumps({**placed.as_json(), "simulated_tpot_s": simulated}, indent=2))
+        more = {
+            "simulated_tpot_s": simulated,
+            "price": vars(price) if price else None,
+            "replica_choices": {name: vars(choice) for name, choice in chosen.items()},
+        }
+        click.echo(json.dumps({**placed.as_json(), **more}, indent=2))
     else:
-        _print(placed, simulated)
+        _print(placed, simulated, price, chosen)
     for path in (output, table, frontier):
         if path:
             click.echo(f"written: {path}", err=True)
@@ -96,10 +117,10 @@ def place_command(
         sys.exit(130)
 
 
-def _weights(text: str) -> Weights:
+def _weights(text: str) -> dict[str, float]:
     from moesim.optimize.problem import Weights
 
-    known, given = [item.name for item in fields(Weights)], {"load": 0.0}
+    known, given = [*(item.name for item in fields(Weights)), "time"], {"load": 0.0}
     for part in text.split(","):
         name, _, value = part.partition("=")
         try:
@@ -108,10 +129,30 @@ def _weights(text: str) -> Weights:
             raise ValueError(f"--weights {text}: {part!r} must be TERM=NUMBER, as in node=1,load=0.2") from None
         if name.strip() not in known:
             raise ValueError(f"--weights {text}: unknown {name.strip()!r}; one of {', '.join(known)} would do")
-    return Weights(**given)
+    return given
 
 
-def _problem(base: Scenario, weights: Weights, slack: float, per_rack: int, today: np.ndarray | None) -> Problem:
+def _weighed(
+    problem: Problem, given: dict[str, float], base: Scenario, known: RoutingTrace
+) -> tuple[Problem, Price | None]:
+    """The problem with its weights; time is priced by simulating."""
+    from moesim.optimize.price import price_of
+    from moesim.optimize.problem import Weights
+
+    time, price = given.pop("time", 0.0), None
+    if time:
+        price = price_of(base, problem, known)
+        for name, value in vars(price.weights).items():
+            given[name] = given.get(name, 0.0) + time * value
+    problem = replace(problem, weights=Weights(**given))
+    if found := problem.mistakes():
+        raise ValueError("\n".join(found))
+    return problem, price
+
+
+def _problem(
+    base: Scenario, slack: float, per_rack: int, unlike: tuple[str, ...] = (), today: np.ndarray | None = None
+) -> Problem:
     """The placement problem of a scenario."""
     from moesim.optimize.problem import Problem
 
@@ -125,32 +166,46 @@ def _problem(base: Scenario, weights: Weights, slack: float, per_rack: int, toda
     if ep % per_node:
         raise ValueError(f"{base.name}: {ep} ranks that hold experts are not whole nodes of {per_node}")
     problem = Problem.even(
-        model.experts.num_experts, ep, per_node, layout.num_redundant_experts, weights=weights, slack=slack,
+        model.experts.num_experts, ep, per_node, layout.num_redundant_experts, slack=slack,
         num_groups=model.experts.num_groups, per_rack=per_rack,
     )  # fmt: skip
+    slots_R, speed_R = problem.slots_R.copy(), problem.speed_R.copy()
     slowdown_R = base.faults.slowdown_R(base.cluster.num_ranks)
     if slowdown_R is not None:
         speed_R = 1 / slowdown_R[:ep]
-        problem = replace(problem, speed_R=speed_R / speed_R.max())
-    problem = replace(problem, today=today)
-    if found := problem.mistakes():
-        raise ValueError("\n".join(found))
-    return problem
+    for text in unlike:
+        rank, given = _unlike(text, ep)
+        slots_R[rank] = given.get("slots", slots_R[rank])
+        speed_R[rank] = given.get("speed", speed_R[rank])
+    return replace(problem, slots_R=slots_R, speed_R=speed_R / speed_R.max(), today=today)
 
 
-def _halves(base: Scenario, tokens_per_step: int) -> tuple[Demand, Demand]:
-    """Of requests that are known beforehand, and of those that a run replays."""
+def _unlike(text: str, ranks: int) -> tuple[int, dict[str, float]]:
+    """A rank and what is said of it."""
+    rank, _, rest = text.partition(":")
+    pairs = [part.partition("=") for part in rest.split(",")]
+    try:
+        found = int(rank), {key.strip(): (int if key.strip() == "slots" else float)(value) for key, _, value in pairs}
+    except ValueError:
+        raise ValueError(f"--rank {text}: must be R:KEY=NUMBER,... as in 3:speed=0.5,slots=4") from None
+    if not 0 <= found[0] < ranks:
+        raise ValueError(f"--rank {text}: there is no rank {found[0]}; 0 to {ranks - 1} would do")
+    if wrong := set(found[1]) - {"speed", "slots"}:
+        raise ValueError(f"--rank {text}: unknown {', '.join(sorted(wrong))}; speed and slots would do")
+    return found
+
+
+def _halves(base: Scenario) -> tuple[RoutingTrace, RoutingTrace]:
+    """Requests that are known beforehand, and those that a run replays."""
     import numpy as np
 
-    from moesim.optimize.demand import Demand
     from moesim.routing.replay import Replay
 
     if len(np.unique(base.trace.request_T)) < 2:
         raise ValueError(f"{base.name}: trace {base.trace.name!r} has one request; placing needs some to be judged on")
     history = Replay(base.trace, base.stream("replay"), keeps_history=True).history
     others = np.setdiff1d(np.arange(base.trace.num_tokens), history)
-    fit, heldout = (Demand.of(base.trace, np.sort(rows), tokens_per_step) for rows in (history, others))
-    return fit, heldout
+    return base.trace.take(np.sort(history)), base.trace.take(others)
 
 
 def _simulated(base: Scenario, placed: Placed) -> dict[str, float]:
@@ -197,7 +252,7 @@ def frontier_of(
     return found
 
 
-def _print(placed: Placed, simulated: dict[str, float]) -> None:
+def _print(placed: Placed, simulated: dict[str, float], price: Price | None, chosen: dict[str, Chosen]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -228,6 +283,15 @@ def _print(placed: Placed, simulated: dict[str, float]) -> None:
     if simulated:
         table.add_row("simulated time per output token", *(f"{simulated[name] * 1e3:.2f} ms" for name in names), "")
     console.print(table)
+    if chosen:
+        said = ", ".join(f"{name} {item.steps:.3f} ({item.away:.0%} leave the node)" for name, item in chosen.items())
+        console.print(f"fullest rank over the mean in each step, by which copy tokens go to: {said}")
+    if price:
+        console.print(
+            f"priced by simulating: {price.even_s * 1e3:.3f} ms an iteration, {price.steps_s * 1e3:.3f} ms for each 1 "
+            f"of the fullest rank above the mean, {price.spread_s * 1e3:.3f} ms if all pairs lay in different nodes; "
+            f"off by up to {price.error:.1%}"
+        )
     if placed.oracle_steps == placed.oracle_steps:
         console.print(
             f"headroom in steps: {placed.oracle_steps:.3f} if every step had a placement of its own (an oracle)"
@@ -236,7 +300,8 @@ def _print(placed: Placed, simulated: dict[str, float]) -> None:
     console.print(
         f"objective {placed.objective:.5g} on the requests it was made for, {gap} the proven bound "
         f"{placed.lower_bound:.5g}"
-        f" ({', '.join(f'{name} {value:.5g}' for name, value in placed.baselines.items())}); {placed.seconds:.2f} s"
+        + "".join(f", {name} {value:.5g}" for name, value in placed.baselines.items())
+        + f"; {placed.seconds:.2f} s"
         + (f"; stopped: {placed.cut_short}" if placed.cut_short else "")
     )
     console.print("* of the requests that it was made for: no placement as even as the slack asks has less there")

@@ -45,12 +45,16 @@ def shares_LP(problem: Problem, slot_LP: Ints) -> Floats:
     return np.asarray(1 / np.take_along_axis(count_LE, slot_LP.astype(np.int64), axis=1))
 
 
+def rank_sums(problem: Problem, load_SLP: Floats) -> Floats:
+    """Tokens of each rank, [S, L, R], of tokens of each slot, [S, L, P]."""
+    whole = np.concatenate([load_SLP, np.zeros((*load_SLP.shape[:2], 1))], axis=2)
+    return np.asarray(np.add.reduceat(whole, problem.first_R[:-1], axis=2) * (problem.slots_R > 0))
+
+
 def rank_load_SLR(problem: Problem, slot_LP: Ints, load_SLE: Floats, share_LP: Floats | None = None) -> Floats:
     """Tokens of each rank in each step, [S, L, R]."""
     share_LP = shares_LP(problem, slot_LP) if share_LP is None else share_LP
-    load_SLP = np.take_along_axis(load_SLE, slot_LP[None].astype(np.int64), axis=2) * share_LP
-    whole = np.concatenate([load_SLP, np.zeros((*load_SLP.shape[:2], 1))], axis=2)
-    return np.asarray(np.add.reduceat(whole, problem.first_R[:-1], axis=2) * (problem.slots_R > 0))
+    return rank_sums(problem, np.take_along_axis(load_SLE, slot_LP[None].astype(np.int64), axis=2) * share_LP)
 
 
 def fullest_SL(problem: Problem, rank_SLR: Floats) -> Floats:
