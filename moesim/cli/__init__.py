@@ -13,6 +13,7 @@ from moesim.cli.import_flags import import_flags_command
 from moesim.cli.list import list_command
 from moesim.cli.place import place_command
 from moesim.cli.profile import profile_group
+from moesim.cli.rebalance import rebalance_command
 from moesim.cli.run import run_command
 from moesim.cli.study import study_group
 from moesim.cli.trace import trace_group
@@ -28,7 +29,7 @@ def cli() -> None:
 
 for command in (
     run_command, check_command, list_command, capture_command, trace_group, profile_group, validate_group,
-    calibrate_command, study_group, import_flags_command, place_command,
+    calibrate_command, study_group, import_flags_command, place_command, rebalance_command,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -74,6 +74,7 @@ def place_command(
     from moesim.optimize.choice import choices
     from moesim.optimize.clock import Clock
     from moesim.optimize.demand import Demand
+    from moesim.optimize.of_scenario import halves
     from moesim.optimize.place import place
     from moesim.report import check_target, replace_file
 
@@ -83,7 +84,7 @@ def place_command(
     base = verbs.load(scenario, changes)[0]
     before = read_placement(today, base.layout.experts.ep) if today else None
     problem = _problem(base, slack, per_rack, unlike, None if before is None else before.slot_expert_LP)
-    known, others = _halves(base)
+    known, others = halves(base)
     problem, price = _weighed(problem, _weights(weighed), base, known)
     per_step = base.workload.num_requests if tokens_per_step is None else tokens_per_step
     fit, heldout = (Demand.of(part, None, per_step) for part in (known, others))
@@ -151,30 +152,15 @@ def _weighed(
 
 
 def _problem(
-    base: Scenario, slack: float, per_rack: int, unlike: tuple[str, ...] = (), today: np.ndarray | None = None
-) -> Problem:
-    """The placement problem of a scenario."""
-    from moesim.optimize.problem import Problem
+    base: Scenario, slack: float, per_rack: int, unlike: tuple[str, ...], today: np.ndarray | None
+) -> Problem:  # fmt: skip
+    """The placement problem of a scenario, with what is said of single ranks."""
+    from moesim.optimize.of_scenario import problem_of
 
-    layout, model = base.layout, base.model
-    ep = layout.experts.ep - layout.num_shared_expert_ranks
-    if not model.moe_layers or ep < 2:
-        raise ValueError(
-            f"{base.name}: placement needs experts that are spread over ranks; the layout has ep = {layout.experts.ep}"
-        )
-    per_node = min(base.cluster.devices_per_node, ep)
-    if ep % per_node:
-        raise ValueError(f"{base.name}: {ep} ranks that hold experts are not whole nodes of {per_node}")
-    problem = Problem.even(
-        model.experts.num_experts, ep, per_node, layout.num_redundant_experts, slack=slack,
-        num_groups=model.experts.num_groups, per_rack=per_rack,
-    )  # fmt: skip
+    problem = problem_of(base, slack, per_rack)
     slots_R, speed_R = problem.slots_R.copy(), problem.speed_R.copy()
-    slowdown_R = base.faults.slowdown_R(base.cluster.num_ranks)
-    if slowdown_R is not None:
-        speed_R = 1 / slowdown_R[:ep]
     for text in unlike:
-        rank, given = _unlike(text, ep)
+        rank, given = _unlike(text, problem.num_ranks)
         slots_R[rank] = given.get("slots", slots_R[rank])
         speed_R[rank] = given.get("speed", speed_R[rank])
     return replace(problem, slots_R=slots_R, speed_R=speed_R / speed_R.max(), today=today)
@@ -193,19 +179,6 @@ def _unlike(text: str, ranks: int) -> tuple[int, dict[str, float]]:
     if wrong := set(found[1]) - {"speed", "slots"}:
         raise ValueError(f"--rank {text}: unknown {', '.join(sorted(wrong))}; speed and slots would do")
     return found
-
-
-def _halves(base: Scenario) -> tuple[RoutingTrace, RoutingTrace]:
-    """Requests that are known beforehand, and those that a run replays."""
-    import numpy as np
-
-    from moesim.routing.replay import Replay
-
-    if len(np.unique(base.trace.request_T)) < 2:
-        raise ValueError(f"{base.name}: trace {base.trace.name!r} has one request; placing needs some to be judged on")
-    history = Replay(base.trace, base.stream("replay"), keeps_history=True).history
-    others = np.setdiff1d(np.arange(base.trace.num_tokens), history)
-    return base.trace.take(np.sort(history)), base.trace.take(others)
 
 
 def _simulated(base: Scenario, placed: Placed) -> dict[str, float]:

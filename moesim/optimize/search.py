@@ -81,7 +81,7 @@ def annealed(
     Args:
         sweeps, tries: in each sweep a layer tries so many swaps for each of its slots.
         hot, cold: temperature at first and at last, in what a swap changes on the average; the last sweeps take only
-            what is better.
+            what is better, and so do all where `hot` is 0.
     """
     load_LE = np.ascontiguousarray(demand.load_LE)
     with clock.stopped():  # compiling, the first time, is not searching
@@ -94,7 +94,7 @@ def annealed(
     for sweep in range(sweeps):
         if clock.is_over:
             break
-        is_last = sweep >= 0.95 * sweeps
+        is_last = hot == 0 or sweep >= 0.95 * sweeps
         state.sweep(0.0 if is_last else heat * hot * (cold / hot) ** (sweep / sweeps), tries * problem.num_slots)
     return state.slot_LP
 

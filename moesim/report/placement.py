@@ -1,4 +1,4 @@
-"""The frontier of a placement: how much traffic leaves nodes against how uneven ranks are."""
+"""The frontier of a placement: traffic that leaves nodes against uneven ranks; and how uneven these are over time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from moesim.optimize.rebalance import Outcome
 from moesim.report import replace_file
 
 
@@ -34,8 +36,35 @@ def frontier(points: Sequence[tuple[str, float, float]]) -> Figure:
     return figure
 
 
+def drift(outcomes: Sequence[Outcome], tick_s: float) -> Figure:
+    """The fullest rank over time, a line for each plan."""
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    colors = {"never": "#8d99ae", "EPLB": "#e07a5f", "Hecate": "#b5838d", "oracle": "#c9c9c9"}
+    for outcome in outcomes:
+        minutes = np.arange(len(outcome.fullest_K)) * tick_s / 60
+        name = outcome.plan.name
+        axes.plot(minutes, outcome.fullest_K, color=colors.get(name, "#2a6f97" if name == "ours" else None), lw=1.2,
+                  label=f"{name}: {outcome.iteration_s * 1e3:.2f} ms an iteration")  # fmt: skip
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("fullest rank over the mean rank")
+    axes.set_ylim(bottom=1)
+    axes.grid(alpha=0.3)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
+    return figure
+
+
 def write_frontier(points: Sequence[tuple[str, float, float]], path: Path) -> None:
     """The plot as a file, PNG or SVG by its name."""
+    _write(frontier(points), path)
+
+
+def write_drift(outcomes: Sequence[Outcome], tick_s: float, path: Path) -> None:
+    """The plot as a file, PNG or SVG by its name."""
+    _write(drift(outcomes, tick_s), path)
+
+
+def _write(figure: Figure, path: Path) -> None:
     content = BytesIO()
-    frontier(points).savefig(content, format=path.suffix.lstrip(".") or "png", dpi=150)
+    figure.savefig(content, format=path.suffix.lstrip(".") or "png", dpi=150)
     replace_file(path, content.getvalue())

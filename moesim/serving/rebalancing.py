@@ -12,11 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.costs.compute import efficiency
-from moesim.layout import Placement
-from moesim.model import BYTES_PER_PARAM
+from moesim.costs.migration import moving
 from moesim.network.routes import Fabric
-from moesim.network.sends import Sends, seconds
 from moesim.policies.placement import Eplb
 from moesim.service import Service
 from moesim.serving.instance import Instance
@@ -68,25 +65,7 @@ class Rebalancer:
         instance.put(
             replaced(instance.prices, self.placement, self.service.model, instance.engine.layout), self.service
         )
-        self.instance.groups.copy_s_D[:] += self._moving_s(before, self.placement)
+        moved, seconds = moving(before, self.placement, self.service.model, self._fabric)
+        self.instance.groups.copy_s_D[:] += seconds
+        self.moved += moved
         self._plan(self.instance.engine.eplb_step_interval)
-
-    def _moving_s(self, before: Placement, after: Placement) -> float:
-        """Seconds until every rank has the experts that are new to it, each from the nearest rank that had it."""
-        model, ep = self.service.model, before.ep
-        ffn, cluster = model.experts, self.service.cluster
-        size_E = np.array([ffn.expert_params(model.hidden_size, width) for width in ffn.expert_widths])
-        bytes_RR, per_node = np.zeros((ep, ep)), cluster.devices_per_node
-        for old_P, new_P in zip(before.slot_expert_LP, after.slot_expert_LP, strict=True):
-            old_RS, new_RS = old_P.reshape(ep, -1), new_P.reshape(ep, -1)
-            holders: dict[int, list[int]] = {}
-            for rank in range(ep):
-                for expert in old_RS[rank].tolist():
-                    holders.setdefault(expert, []).append(rank)
-            for rank in range(ep):
-                for expert in set(new_RS[rank].tolist()) - set(old_RS[rank].tolist()):
-                    near = [r for r in holders[expert] if r // per_node == rank // per_node] or holders[expert]
-                    bytes_RR[near[rank % len(near)], rank] += size_E[expert]
-                    self.moved += 1
-        sends = Sends.of_matrix(bytes_RR * BYTES_PER_PARAM[model.dtypes.experts])
-        return seconds([sends], self._fabric)[0] / efficiency(cluster.device, "network", "value")

@@ -14,6 +14,7 @@ from moesim.optimize.methods.hecate import Hecate
 from moesim.optimize.methods.moetuner import MoeTuner
 from moesim.optimize.methods.policy import CONTIGUOUS, EPLB, ROUND_ROBIN, HierarchicalEplb
 from moesim.optimize.methods.polished import Polished
+from moesim.optimize.methods.repaired import Repaired
 from moesim.optimize.methods.shuffled import Shuffled
 from moesim.optimize.methods.swaps import Swaps
 from moesim.optimize.problem import Ints, Problem
@@ -38,6 +39,7 @@ METHODS: dict[str, Method] = {
     "annealed": Annealed(),
     "polished": Polished(),
     "swaps": Swaps(),
+    "repaired": Repaired(),
     "eplb": EPLB,
     "eplb_hierarchical": HierarchicalEplb(),
     "exflow": ExFlow(),
