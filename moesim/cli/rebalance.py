@@ -43,14 +43,11 @@ def rebalance_command(
 
     if plot:
         check_target(plot)
-    for name, value in (
-        ("--hours", hours),
-        ("--tick-s", tick_s),
-        ("--width", width),
-        *zip(["--every-s"] * 99, every_s),
-    ):
-        if not value > 0:
-            raise ValueError(f"{name} {value:g}: must be above 0")
+    given = {"--hours": (hours,), "--tick-s": (tick_s,), "--width": (width,)}
+    for name, values in (given | {"--every-s": every_s, "--window-s": window_s}).items():
+        for value in values:
+            if not value > 0:
+                raise ValueError(f"{name} {value:g}: must be above 0")
     base = verbs.load(scenario, changes)[0]
     problem = problem_of(base)
     price = price_of(base, problem, halves(base)[0])

@@ -48,7 +48,7 @@ def drift(outcomes: Sequence[Outcome], tick_s: float) -> Figure:
                   label=f"{name}: {outcome.iteration_s * 1e3:.2f} ms an iteration")  # fmt: skip
     axes.set_xlabel("minutes")
     axes.set_ylabel("fullest rank over the mean rank")
-    axes.set_ylim(bottom=1)
+    axes.set_ylim(bottom=0.98)
     axes.grid(alpha=0.3)
     figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     return figure
