@@ -22,6 +22,7 @@ from moesim.optimize.methods.exflow import ExFlow
 from moesim.optimize.methods.moetuner import MoeTuner
 from moesim.optimize.place import method_mistakes, place
 from moesim.optimize.problem import Problem, Weights
+from moesim.optimize.prover import proved_load_L
 from moesim.optimize.score import left_fraction, rank_load_SLR, scored
 from moesim.optimize.search import Caps, _State, annealed, most_even
 from moesim.policies.placement import Eplb
@@ -82,8 +83,12 @@ def test_bounds_of_load_hold_against_all_placements(experts, ranks, spare):
         load_LE = np.exp(rng.normal(0, 1, (1, experts)))
         best = min(full(problem, slots[None], load_LE)[0] for slots in all_of)
         assert least_load_L(problem, load_LE)[0] <= best * (1 + 1e-9)
-        assert pair_load_L(problem, load_LE)[0] <= best * (1 + 1e-9)
-        assert full(problem, most_even(problem, load_LE), load_LE)[0] <= best * 1.1
+        bound_L, even_LP = pair_load_L(problem, load_LE), most_even(problem, load_LE)
+        assert bound_L[0] <= best * (1 + 1e-9)
+        assert full(problem, even_LP, load_LE)[0] <= best * 1.1
+        assert proved_load_L(problem, load_LE, bound_L, even_LP, Clock(20))[0] == pytest.approx(best, rel=1.1e-3)
+        if problem.slots_R[0] == 2:
+            assert bound_L[0] == pytest.approx(best) == full(problem, even_LP, load_LE)[0]
 
 
 def test_bounds_of_traffic_hold_against_all_placements():

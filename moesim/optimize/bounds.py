@@ -18,6 +18,7 @@ from scipy.optimize import linprog
 from moesim.optimize.balance import copies_of
 from moesim.optimize.clock import Clock
 from moesim.optimize.demand import Demand
+from moesim.optimize.pairs import best_pairs, can_try_all
 from moesim.optimize.problem import Problem
 
 Floats = NDArray[np.float64]
@@ -59,12 +60,14 @@ def pair_load_L(
 
     Copies in pairs of t at most need that (Hall's condition), and a smaller t than the one found breaks it whatever the
     numbers of copies. Found by halving `rounds` times, to the lower end; layers that `clock` leaves no time for have
-    the bound of `least_load_L`.
+    the bound of `least_load_L`. Where numbers of copies are few, all are tried, and the bound is exact.
     """
     least_L = least_load_L(problem, load_LE)
     if problem.slots_R.max() != 2 or not (problem.speed_R == problem.speed_R[0]).all():
         return least_L
     alone = 2 * problem.num_ranks - problem.num_slots
+    if can_try_all(problem):
+        return best_pairs(problem, np.asarray(load_LE, np.float64))[1]
     for layer, load_E in enumerate(np.asarray(load_LE, np.float64)):
         if clock is not None and clock.is_over:
             break

@@ -13,6 +13,7 @@ from moesim.optimize.clock import Clock
 from moesim.optimize.demand import Demand
 from moesim.optimize.methods import METHODS, Method
 from moesim.optimize.problem import Floats, Ints, Problem
+from moesim.optimize.prover import proved_load_L
 from moesim.optimize.score import Score, fullest_SL, rank_load_SLR, scored
 from moesim.optimize.search import LEVELS, Caps, most_even
 
@@ -119,6 +120,8 @@ def bounds_of(problem: Problem, demand: Demand, caps: Caps, clock: Clock) -> dic
     if weights.load or weights.steps:
         floor_L = np.ones(len(load_LE))
         tightest_L = pair_load_L(problem, load_LE[used_L], clock=clock)
+        even_LP = most_even(problem, load_LE[used_L])
+        tightest_L = proved_load_L(problem, load_LE[used_L], tightest_L, even_LP, clock)
         floor_L[used_L] = tightest_L / mean_L[used_L]
         found["load"] = float(floor_L.mean())
     if weights.steps:  # of loads weighed by step, the fullest rank in the mean is at most the mean of the fullest ranks

@@ -12,6 +12,7 @@ from moesim.optimize.anneal import anneal, attractions
 from moesim.optimize.balance import DONORS, KICKS, MOVES, SLACK, balanced
 from moesim.optimize.clock import Clock
 from moesim.optimize.demand import Demand
+from moesim.optimize.pairs import best_pairs, can_try_all
 from moesim.optimize.problem import Problem
 from moesim.optimize.score import rank_load_SLR
 
@@ -20,8 +21,10 @@ Ints = NDArray[np.int32]
 
 
 def most_even(problem: Problem, load_LE: Floats) -> Ints:
-    """The placement with the least fullest rank that compiled swaps find, [L, P]."""
+    """The placement with the least fullest rank that compiled swaps find, [L, P]; where all can be tried, the best."""
     load_LE = np.ascontiguousarray(load_LE, np.float64)
+    if can_try_all(problem):
+        return best_pairs(problem, load_LE)[0]
     return np.asarray(balanced(load_LE, problem.first_R, problem.speed_R, SLACK, KICKS, MOVES, DONORS))
 
 
