@@ -18,7 +18,7 @@ SLACK = 1e-3
 """How near to the bound a layer is good enough."""
 KICKS, MOVES, DONORS = 20, 8, 4
 """Random trades; moves of a copy, from one of so many lightest experts: what is tried where swaps do not get so far."""
-PAIR_MOVES, PAIR_DONORS = 24, 6
+PAIR_MOVES, PAIR_DONORS = 200, 8
 """The same where ranks have two slots at most, and a try costs a microsecond."""
 
 
@@ -155,11 +155,34 @@ def _merged(value_P, owner_P, load_E, count_E, taker, giver, into_P, owners_P): 
 
 
 @njit(cache=True)
+def _pairs(value_P, num_ranks, mean, limit):  # type: ignore[no-untyped-def]
+    """The heaviest of the pairs (of the lightest with the heaviest), which one it is, and what all of them above the
+    mean cost together; counting ends at `limit`."""
+    num_slots = len(value_P)
+    alone = 2 * num_ranks - num_slots
+    heaviest, at, cost = -1.0, 0, 0.0
+    for r in range(num_ranks):
+        pair = value_P[num_slots - 1 - r]
+        if r >= alone:
+            pair += value_P[r - alone]
+        if pair > heaviest:
+            heaviest, at = pair, r
+        if pair > mean:
+            above = (pair - mean) * (pair - mean)
+            cost += above * above
+            if cost >= limit:
+                break
+    return heaviest, at, cost
+
+
+@njit(cache=True)
 def _paired(load_E, count_E, num_ranks, target, moves, donors):  # type: ignore[no-untyped-def]
     """On ranks alike that hold two copies each (or one, where there are too few): the lightest with the heaviest.
 
-    No other pairs of the same copies have a smaller heaviest pair. Copies then move as in `balanced`. Expert in each
-    slot of two on each rank, [2 R], -1 where there is none; the load of the heaviest pair.
+    No other pairs of the same copies have a smaller heaviest pair. Then an expert of the heaviest pair takes a copy
+    from one of those that are the lightest without it, wherever that makes what lies above the mean, to the fourth
+    power, less: the heaviest pair alone would not tell between moves while several are as heavy. Expert in each slot of
+    two on each rank, [2 R], -1 where there is none; the load of the heaviest pair.
     """
     num_slots = count_E.sum()
     alone = 2 * num_ranks - num_slots
@@ -173,53 +196,42 @@ def _paired(load_E, count_E, num_ranks, target, moves, donors):  # type: ignore[
     value_P, owner_P = value_P[order], owner_P[order]
     tried_P, tried_owner_P = np.empty(num_slots), np.empty(num_slots, np.int64)
     without_E = np.empty(len(load_E))
-    best, at = -1.0, 0
-    for r in range(num_ranks):
-        low = value_P[r - alone] if r >= alone else 0.0
-        if low + value_P[num_slots - 1 - r] > best:
-            best, at = low + value_P[num_slots - 1 - r], r
+    mean = max(load_E.sum() / num_ranks, 1e-300)
+    heaviest, at, cost = _pairs(value_P, num_ranks, mean, np.inf)
     for _ in range(moves if num_slots > len(load_E) else 0):
-        if best <= target:
+        if heaviest <= target:
             break
         for e in range(len(load_E)):
             without_E[e] = load_E[e] / (count_E[e] - 1) if count_E[e] > 1 else np.inf
-        least, taker, giver = best * (1 - 1e-9), np.int64(-1), np.int64(-1)
+        has_moved = False
         for _ in range(donors):
-            d = np.argmin(without_E)
-            if without_E[d] == np.inf:
+            giver = np.argmin(without_E)
+            if has_moved or without_E[giver] == np.inf:
                 break
-            without_E[d] = np.inf
+            without_E[giver] = np.inf
             for side in range(2):
-                if side == 1 and at < alone:
+                if has_moved or (side == 1 and at < alone):
                     continue
-                e = owner_P[num_slots - 1 - at] if side == 0 else owner_P[at - alone]
-                if e == d or count_E[e] >= num_ranks:
+                taker = owner_P[num_slots - 1 - at] if side == 0 else owner_P[at - alone]
+                if taker == giver or count_E[taker] >= num_ranks:
                     continue
-                _merged(value_P, owner_P, load_E, count_E, e, d, tried_P, tried_owner_P)
-                heaviest = 0.0
-                for r in range(num_ranks):
-                    low = tried_P[r - alone] if r >= alone else 0.0
-                    heaviest = max(heaviest, low + tried_P[num_slots - 1 - r])
-                if heaviest < least:
-                    least, taker, giver = heaviest, e, d
-        if taker < 0:
+                _merged(value_P, owner_P, load_E, count_E, taker, giver, tried_P, tried_owner_P)
+                now, now_at, now_cost = _pairs(tried_P, num_ranks, mean, cost * (1 - 1e-9))
+                if now_cost < cost * (1 - 1e-9):
+                    value_P, tried_P = tried_P, value_P
+                    owner_P, tried_owner_P = tried_owner_P, owner_P
+                    count_E[taker] += 1
+                    count_E[giver] -= 1
+                    heaviest, at, cost = now, now_at, now_cost
+                    has_moved = True
+        if not has_moved:
             break
-        _merged(value_P, owner_P, load_E, count_E, taker, giver, tried_P, tried_owner_P)
-        value_P, tried_P = tried_P, value_P
-        owner_P, tried_owner_P = tried_owner_P, owner_P
-        count_E[taker] += 1
-        count_E[giver] -= 1
-        best = -1.0
-        for r in range(num_ranks):
-            low = value_P[r - alone] if r >= alone else 0.0
-            if low + value_P[num_slots - 1 - r] > best:
-                best, at = low + value_P[num_slots - 1 - r], r
     slot_P = np.full(2 * num_ranks, -1, np.int64)
     for r in range(num_ranks):
         slot_P[2 * r] = owner_P[num_slots - 1 - r]
         if r >= alone:
             slot_P[2 * r + 1] = owner_P[r - alone]
-    return slot_P, best
+    return slot_P, heaviest
 
 
 @njit(cache=True)
@@ -235,7 +247,7 @@ def _busiest(slot_P, first_R, load_E, count_E, speed_R):  # type: ignore[no-unty
 
 
 @njit(cache=True)
-def balanced(load_LE, first_R, speed_R, slack, kicks, moves, donors):  # type: ignore[no-untyped-def]
+def balanced(load_LE, first_R, speed_R, slack, kicks, moves, donors, pair_donors):  # type: ignore[no-untyped-def]
     """Expert in each slot, int32 [L, P]; the same for the same loads.
 
     Source: Graham, SIAM Journal on Applied Mathematics 1969, for packing longest first; the rest is our own.
@@ -250,7 +262,7 @@ def balanced(load_LE, first_R, speed_R, slack, kicks, moves, donors):  # type: i
         count_E = copies_of(load_E, num_slots)
         target = max(load_E.sum() / speed_R.sum(), (load_E / count_E).max() / speed_R.max()) * (1 + slack)
         if in_pairs:
-            pair_P, best = _paired(load_E, count_E, num_ranks, target, PAIR_MOVES, PAIR_DONORS)
+            pair_P, best = _paired(load_E, count_E, num_ranks, target, PAIR_MOVES, pair_donors)
             alone = 2 * num_ranks - num_slots
             r1, r2 = 0, alone  # ranks of one slot and of two, in the order of their pairs
             for r in range(num_ranks):

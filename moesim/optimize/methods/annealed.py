@@ -28,5 +28,5 @@ class Annealed:
     def place(self, problem: Problem, demand: Demand, clock: Clock) -> Ints:
         """From the most even placement."""
         if not problem.weights.of_traffic and not problem.weights.steps:
-            return most_even(problem, demand.load_LE)
+            return most_even(problem, demand.load_LE, 64)
         return annealed(problem, demand, clock, sweeps=self.sweeps, tries=self.tries, seed=self.seed)
