@@ -83,9 +83,8 @@ class Problem:
         if num_slots % ep:
             fit = -num_experts % ep
             raise ValueError(
-                f"placement: {num_experts} experts + {num_redundant} redundant = {num_slots} do not divide "
-                "evenly among "
-                f"{ep} ranks; {fit} redundant would do"
+                f"placement: {num_experts} experts + {num_redundant} redundant = {num_slots} do not divide evenly "
+                f"among {ep} ranks; {fit} redundant would do"
             )
         slots_R = np.full(ep, num_slots // ep, np.int32)
         problem = cls(num_experts, slots_R, per_node, np.ones(ep), per_rack, weights or Weights(), slack, num_groups)
@@ -101,17 +100,14 @@ class Problem:
             found.append(f"placement: slots of a rank must be 0 or more, given {int(self.slots_R.min())}")
         elif short > 0:
             found.append(
-                f"placement: {self.num_experts} experts need as many slots in each layer, the {ranks} ranks "
-                f"have {slots}, "
-                f"{short} too few; {-(-short // ranks)} more on each rank, or "
-                f"{-(-short * ranks // max(slots, 1))} more "
-                "ranks like these, would do"
+                f"placement: {self.num_experts} experts need as many slots in each layer, the {ranks} ranks have "
+                f"{slots}, {short} too few; {-(-short // ranks)} more on each rank, or "
+                f"{-(-short * ranks // max(slots, 1))} more ranks like these, would do"
             )
         if (most := int(self.slots_R.max(initial=0))) > self.num_experts:
             found.append(
-                f"placement: a rank has {most} slots for {self.num_experts} experts, {most - self.num_experts} "
-                "more than "
-                "it can use; fewer redundant experts would do"
+                f"placement: a rank has {most} slots for {self.num_experts} experts, {most - self.num_experts} more "
+                "than it can use; fewer redundant experts would do"
             )
         if len(self.speed_R) != ranks or not (self.speed_R > 0).all():
             found.append(f"placement: every one of {ranks} ranks needs a speed above 0, given {self.speed_R.tolist()}")
@@ -200,8 +196,7 @@ class Problem:
         has_RS = np.arange(size) < self.slots_R[:, None]
         if whole_LRS.shape[1:] != has_RS.shape or ((whole_LRS >= 0) != has_RS).any():
             raise ValueError(
-                f"placement: {whole_LRS.shape[1]} ranks of {whole_LRS.shape[2]} slots, wanted are "
-                f"{self.num_ranks} ranks "
-                f"of {int(self.slots_R.min())} to {size}"
+                f"placement: {whole_LRS.shape[1]} ranks of {whole_LRS.shape[2]} slots, wanted are {self.num_ranks} "
+                f"ranks of {int(self.slots_R.min())} to {size}"
             )
         return np.ascontiguousarray(whole_LRS[:, has_RS])

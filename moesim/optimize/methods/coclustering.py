@@ -1,7 +1,7 @@
 """Speculative MoE: experts and requests clustered together, so that requests start where their experts are.
 
 Source: Speculative MoE (arXiv 2503.04398): alternating greedy clusters of experts and of requests, then swaps of pairs
-while they gain; `n_rounds` times, the best kept.
+while they gain; `num_rounds` times, the best kept.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ class CoClustering:
     """One clustering of requests for all layers, one of experts for each; clusters are ranks.
 
     together, request, load: weights of what an expert has to do with the experts and with the requests of a cluster,
-        and
-        of the cluster's load, each as a share.
+        and of the cluster's load, each as a share.
     swaps: tries of a pair, for each expert.
     """
 
