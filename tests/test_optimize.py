@@ -14,7 +14,7 @@ from moesim.cli import cli
 from moesim.files.placements import placement_csv, placement_json, read_placement
 from moesim.layout import Placement
 from moesim.optimize.balance import copies_of
-from moesim.optimize.bounds import least_left, least_load_L, pair_load_L
+from moesim.optimize.bounds import least_left, least_load_L, least_spread, pair_load_L
 from moesim.optimize.clock import Clock
 from moesim.optimize.demand import Demand
 from moesim.optimize.methods import METHODS
@@ -23,7 +23,7 @@ from moesim.optimize.methods.moetuner import MoeTuner
 from moesim.optimize.place import method_mistakes, place
 from moesim.optimize.problem import Problem, Weights
 from moesim.optimize.prover import proved_load_L
-from moesim.optimize.score import left_fraction, rank_load_SLR, scored
+from moesim.optimize.score import left_fraction, rank_load_SLR, scored, spread_fraction
 from moesim.optimize.search import Caps, _State, annealed, most_even
 from moesim.policies.placement import Eplb
 from moesim.routing.synthetic import topic_trace
@@ -107,6 +107,11 @@ def test_bounds_of_traffic_hold_against_all_placements():
     found = annealed(problem, wanted, Clock())
     assert left_fraction(problem, found, wanted, "node") <= min(allowed) + 0.02
     assert caps.exceeded_by(problem, found, wanted.load_LE) == 0
+    one = replace(wanted, load_SLE=wanted.load_SLE[:, :1], together_LEE=wanted.together_LEE[:1])
+    caps = Caps.of(problem, one.load_LE)
+    least = least_spread(problem, one, caps.share_L(problem, one.load_LE, "node"), Clock(), rounds=200).best
+    inside = [slots[None] for slots in all_of if not caps.exceeded_by(problem, slots[None], one.load_LE)]
+    assert 0 < least <= min(spread_fraction(problem, slots, one) for slots in inside) + 1e-6
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.7])

@@ -197,6 +197,7 @@ def test_rebalance_command(path, tmp_path):
         (["--rank", "1:speed"], "as in 3:speed=0.5,slots=4"),
         (["--rank", "1:memory=3"], "unknown memory; speed and slots would do"),
         (["--rank", "1:slots=70"], "a rank has 70 slots for 64 experts"),
+        (["--rank", "1:slots=60", "--set", "workload.prompt_tokens=9300"], "GiB are free; "),
         (["--rank", "1:speed=0"], "needs a speed above 0"),
     ],
 )

@@ -161,9 +161,21 @@ def _problem(
     slots_R, speed_R = problem.slots_R.copy(), problem.speed_R.copy()
     for text in unlike:
         rank, given = _unlike(text, problem.num_ranks)
+        _check_room(base, text, int(slots_R[rank]), int(given.get("slots", 0)))
         slots_R[rank] = given.get("slots", slots_R[rank])
         speed_R[rank] = given.get("speed", speed_R[rank])
     return replace(problem, slots_R=slots_R, speed_R=speed_R / speed_R.max(), today=today)
+
+
+def _check_room(base: Scenario, text: str, slots: int, wanted: int) -> None:
+    """Whether a rank's memory has room for so many slots in each layer in place of what all have."""
+    used = base.memory_bytes()
+    free, each = used.pop("capacity") - sum(used.values()), used["experts"] / slots
+    if (wanted - slots) * each > free:
+        raise ValueError(
+            f"--rank {text}: {wanted} slots in each layer need {(wanted - slots) * each / 2**30:.1f} GiB more than "
+            f"{slots}, and {free / 2**30:.1f} GiB are free; {slots + int(free / each)} slots would do"
+        )
 
 
 def _unlike(text: str, ranks: int) -> tuple[int, dict[str, float]]:

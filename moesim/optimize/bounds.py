@@ -151,18 +151,29 @@ def least_left(
         share_L: the largest share of a layer's load that a group may have.
         clock: where it is over, fewer rounds.
     """
-    group_R = problem.group_R(level)
-    slots = int(np.bincount(group_R, weights=problem.slots_R).max())
-    total = float(demand.next_LEE.sum())
+    share_N = np.array([share_L[layer : layer + 2].max() for layer in range(len(demand.next_LEE))])
+    return _least(problem, demand.next_LEE, level, share_N, clock, rounds)
+
+
+def least_spread(problem: Problem, demand: Demand, share_L: Floats, clock: Clock, rounds: int = 40) -> TrafficBounds:
+    """The least share of pairs of one token's choices in one layer that lie in different nodes: as `least_left`, with
+    both choices placed alike."""
+    return _least(problem, demand.together_LEE, "node", share_L, clock, rounds)
+
+
+def _least(
+    problem: Problem, pairs_NEE: NDArray[np.float32], level: str, share_N: Floats, clock: Clock, rounds: int
+) -> TrafficBounds:
+    slots = int(np.bincount(problem.group_R(level), weights=problem.slots_R).max())
+    total = float(pairs_NEE.sum())
     stays = np.zeros(3)
     if not total:
         return TrafficBounds(0.0, 0.0, 0.0)
-    for layer, pairs_EE in enumerate(demand.next_LEE):
+    for pairs_EE, share in zip(pairs_NEE, share_N, strict=True):
         of_layer = float(pairs_EE.sum())
         if of_layer:
             whole_EE = np.asarray(pairs_EE / of_layer, np.float32)
-            share = float(share_L[layer : layer + 2].max())
-            stays += of_layer * np.minimum(1.0, _stay(whole_EE, slots, share, clock, rounds))
+            stays += of_layer * np.minimum(1.0, _stay(whole_EE, slots, float(share), clock, rounds))
     return TrafficBounds(*(1 - stays / total).tolist())
 
 

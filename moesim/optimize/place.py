@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.optimize.bounds import least_left, pair_load_L
+from moesim.optimize.bounds import least_left, least_spread, pair_load_L
 from moesim.optimize.clock import Clock
 from moesim.optimize.demand import Demand
 from moesim.optimize.methods import METHODS, Method
@@ -133,6 +133,8 @@ def bounds_of(problem: Problem, demand: Demand, caps: Caps, clock: Clock) -> dic
     for level in LEVELS:
         if getattr(weights, level):
             found[level] = least_left(problem, demand, level, caps.share_L(problem, load_LE, level), clock).best
+    if weights.spread:
+        found["spread"] = least_spread(problem, demand, caps.share_L(problem, load_LE, "node"), clock).best
     return found
 
 
