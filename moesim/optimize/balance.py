@@ -35,12 +35,27 @@ def copies_of(load_E, num_slots):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def _ascending(values):  # type: ignore[no-untyped-def]
+    """Indices in ascending order, those alike in their own: compiled once, for everything that sorts."""
+    return np.argsort(values, kind="mergesort")
+
+
+@njit(cache=True)
+def _most(values, over):  # type: ignore[no-untyped-def]
+    """The largest of `values`, each over its own."""
+    most = values[0] / over[0]
+    for i in range(1, len(values)):
+        most = max(most, values[i] / over[i])
+    return most
+
+
+@njit(cache=True)
 def _packed(load_P, size_R, speed_R):  # type: ignore[no-untyped-def]
     """Items on ranks, [R, S]: the heaviest first, to the rank that is then the least full; loads, [R]."""
     num_ranks = len(size_R)
     item_RS = np.full((num_ranks, size_R.max()), -1, np.int64)
     filled_R, rank_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks)
-    for item in np.argsort(-load_P, kind="mergesort"):
+    for item in _ascending(-load_P):
         best, least = -1, np.inf
         for r in range(num_ranks):
             if filled_R[r] < size_R[r]:
@@ -104,7 +119,7 @@ def _packed_best(load_E, count_E, size_R, speed_R, target, kicks):  # type: igno
     item_RS, rank_R = _packed(load_P, size_R, speed_R)
     _swap(load_P, item_RS, rank_R, size_R, speed_R, target)
     best_RS, best_R = item_RS.copy(), rank_R.copy()
-    best = (best_R / speed_R).max()
+    best = _most(best_R, speed_R)
     for _ in range(kicks):
         if best <= target:
             break
@@ -119,7 +134,7 @@ def _packed_best(load_E, count_E, size_R, speed_R, target, kicks):  # type: igno
             rank_R[a] -= moved
             rank_R[b] += moved
         _swap(load_P, item_RS, rank_R, size_R, speed_R, target)
-        now = (rank_R / speed_R).max()
+        now = _most(rank_R, speed_R)
         if now < best:
             best, best_RS, best_R = now, item_RS.copy(), rank_R.copy()
         elif now > best * (1 + 1e-3):
@@ -192,7 +207,7 @@ def _paired(load_E, count_E, num_ranks, target, moves, donors):  # type: ignore[
         for _ in range(count_E[e]):
             value_P[p], owner_P[p] = load_E[e] / count_E[e], e
             p += 1
-    order = np.argsort(value_P, kind="mergesort")
+    order = _ascending(value_P)
     value_P, owner_P = value_P[order], owner_P[order]
     tried_P, tried_owner_P = np.empty(num_slots), np.empty(num_slots, np.int64)
     without_E = np.empty(len(load_E))
@@ -247,51 +262,70 @@ def _busiest(slot_P, first_R, load_E, count_E, speed_R):  # type: ignore[no-unty
 
 
 @njit(cache=True)
-def balanced(load_LE, first_R, speed_R, slack, kicks, moves, donors, pair_donors):  # type: ignore[no-untyped-def]
-    """Expert in each slot, int32 [L, P]; the same for the same loads.
+def _target(load_E, count_E, speed_R):  # type: ignore[no-untyped-def]
+    """How full the fullest rank may be for a layer to be good enough: the mean, or the busiest copy, and `SLACK`."""
+    return max(load_E.sum() / speed_R.sum(), _most(load_E, count_E) / speed_R.max()) * (1 + SLACK)
+
+
+@njit(cache=True)
+def _in_pairs(load_E, first_R, speed_R, donors):  # type: ignore[no-untyped-def]
+    """Expert in each slot, [P], of ranks of one slot or two."""
+    num_ranks, num_slots = len(speed_R), first_R[-1]
+    count_E = copies_of(load_E, num_slots)
+    pair_P = _paired(load_E, count_E, num_ranks, _target(load_E, count_E, speed_R), PAIR_MOVES, donors)[0]
+    slot_P = np.empty(num_slots, np.int32)
+    r1, r2 = 0, 2 * num_ranks - num_slots  # ranks of one slot and of two, in the order of their pairs
+    for r in range(num_ranks):
+        p = first_R[r]
+        if first_R[r + 1] - p == 1:
+            slot_P[p] = pair_P[2 * r1]
+            r1 += 1
+        else:
+            slot_P[p], slot_P[p + 1] = pair_P[2 * r2], pair_P[2 * r2 + 1]
+            r2 += 1
+    return slot_P
+
+
+@njit(cache=True)
+def _in_many(load_E, first_R, speed_R, kicks):  # type: ignore[no-untyped-def]
+    """Packed; then copies move from an expert that is light without one to one of the fullest rank, while that helps:
+    expert in each slot, [P]."""
+    np.random.seed(0)
+    size_R, count_E = first_R[1:] - first_R[:-1], copies_of(load_E, first_R[-1])
+    target = _target(load_E, count_E, speed_R)
+    best_P, best = _packed_best(load_E, count_E, size_R, speed_R, target, kicks)
+    without_E, none = np.empty(len(load_E)), 0 * kicks  # of one type with kicks, so that packing is compiled once
+    for _ in range(MOVES):
+        if best <= target or len(best_P) == len(load_E):
+            break
+        a, now = _busiest(best_P, first_R, load_E, count_E, speed_R), best
+        for e in range(len(load_E)):
+            without_E[e] = load_E[e] / (count_E[e] - 1) if count_E[e] > 1 else np.inf
+        givers, from_P, from_E = _ascending(without_E)[:DONORS], best_P, count_E
+        for p in range(first_R[a], first_R[a + 1]):
+            e = from_P[p]
+            for d in givers:
+                if d == e or from_E[d] < 2 or from_E[e] >= len(speed_R):
+                    continue
+                tried_E = from_E.copy()
+                tried_E[d] -= 1
+                tried_E[e] += 1
+                tried_P, tried = _packed_best(load_E, tried_E, size_R, speed_R, target, none)
+                if tried < best * (1 - 1e-9):
+                    best_P, best, count_E = tried_P, tried, tried_E
+        if best >= now:
+            break
+    return best_P
+
+
+def balanced(load_LE: Floats, first_R: Ints, speed_R: Floats, pair_donors: int = PAIR_DONORS) -> Ints:
+    """Expert in each slot, int32 [L, P]; the same for the same loads of a layer.
+
+    pair_donors: experts that may give a copy, where ranks have two slots at most: time for evenness.
 
     Source: Graham, SIAM Journal on Applied Mathematics 1969, for packing longest first; the rest is our own.
     """
-    num_layers, num_slots, num_ranks = load_LE.shape[0], first_R[-1], len(speed_R)
-    size_R = first_R[1:] - first_R[:-1]
-    slot_LP = np.zeros((num_layers, num_slots), np.int32)
-    in_pairs = size_R.max() == 2 and size_R.min() >= 1 and speed_R.min() == speed_R.max()
-    np.random.seed(0)
-    for layer in range(num_layers):
-        load_E = load_LE[layer]
-        count_E = copies_of(load_E, num_slots)
-        target = max(load_E.sum() / speed_R.sum(), (load_E / count_E).max() / speed_R.max()) * (1 + slack)
-        if in_pairs:
-            pair_P, best = _paired(load_E, count_E, num_ranks, target, PAIR_MOVES, pair_donors)
-            alone = 2 * num_ranks - num_slots
-            r1, r2 = 0, alone  # ranks of one slot and of two, in the order of their pairs
-            for r in range(num_ranks):
-                if size_R[r] == 1:
-                    slot_LP[layer, first_R[r]] = pair_P[2 * r1]
-                    r1 += 1
-                else:
-                    slot_LP[layer, first_R[r]], slot_LP[layer, first_R[r] + 1] = pair_P[2 * r2], pair_P[2 * r2 + 1]
-                    r2 += 1
-            continue
-        best_P, best = _packed_best(load_E, count_E, size_R, speed_R, target, kicks)
-        for _ in range(moves):  # of a copy, from an expert that is light without it to one of the fullest rank
-            if best <= target or num_slots == len(load_E):
-                break
-            a, now = _busiest(best_P, first_R, load_E, count_E, speed_R), best
-            without_E = np.where(count_E > 1, load_E / np.maximum(count_E - 1, 1), np.inf)
-            givers, from_P, from_E = np.argsort(without_E)[:donors], best_P, count_E
-            for p in range(first_R[a], first_R[a + 1]):
-                e = from_P[p]
-                for d in givers:
-                    if d == e or from_E[d] < 2 or from_E[e] >= num_ranks:
-                        continue
-                    tried_E = from_E.copy()
-                    tried_E[d] -= 1
-                    tried_E[e] += 1
-                    tried_P, tried = _packed_best(load_E, tried_E, size_R, speed_R, target, 0)
-                    if tried < best * (1 - 1e-9):
-                        best_P, best, count_E = tried_P, tried, tried_E
-            if best >= now:
-                break
-        slot_LP[layer] = best_P
-    return slot_LP
+    size_R = np.diff(first_R)
+    if size_R.max() == 2 and size_R.min() >= 1 and np.ptp(speed_R) == 0:  # the compiled halves are large: one is enough
+        return np.array([_in_pairs(load_E, first_R, speed_R, pair_donors) for load_E in load_LE], np.int32)
+    return np.array([_in_many(load_E, first_R, speed_R, KICKS) for load_E in load_LE], np.int32)

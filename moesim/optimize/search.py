@@ -9,7 +9,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from moesim.optimize.anneal import anneal, attractions
-from moesim.optimize.balance import DONORS, KICKS, MOVES, PAIR_DONORS, SLACK, balanced
+from moesim.optimize.balance import PAIR_DONORS, balanced
 from moesim.optimize.clock import Clock
 from moesim.optimize.demand import Demand
 from moesim.optimize.pairs import best_pairs, can_try_all
@@ -23,12 +23,12 @@ Ints = NDArray[np.int32]
 def most_even(problem: Problem, load_LE: Floats, pair_donors: int = PAIR_DONORS) -> Ints:
     """The placement with the least fullest rank that compiled swaps find, [L, P]; where all can be tried, the best.
 
-    pair_donors: experts that may give a copy, where ranks have two slots at most: time for evenness.
+    pair_donors: see `balanced`.
     """
     load_LE = np.ascontiguousarray(load_LE, np.float64)
     if can_try_all(problem):
         return best_pairs(problem, load_LE)[0]
-    return np.asarray(balanced(load_LE, problem.first_R, problem.speed_R, SLACK, KICKS, MOVES, DONORS, pair_donors))
+    return balanced(load_LE, problem.first_R, problem.speed_R, pair_donors)
 
 
 @dataclass(frozen=True, eq=False)
