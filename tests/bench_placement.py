@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import csv
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+from click.testing import CliRunner
 
+from moesim.cli import cli
 from moesim.files.scenarios import load_trace
+from moesim.files.traces import write_trace
 from moesim.optimize.bounds import least_left, least_load_L, pair_load_L
+from moesim.optimize.choice import choices
 from moesim.optimize.clock import Clock
 from moesim.optimize.demand import Demand
 from moesim.optimize.methods import METHODS
@@ -31,6 +37,19 @@ from moesim.study import DATA, ESFT, public_trace
 STRONG = {"num_topics": 24, "concentration": 0.105}
 MEDIUM = {"num_topics": 32, "concentration": 0.4}
 SHARED = {"num_requests": 1024, "tokens": 16}
+DRIFT = """
+model = "deepseek-v2-lite"
+hardware = "4 x hgx-h100"
+trace = "{trace}"
+[layout]
+attention = {{ dp = 32 }}
+experts = {{ ep = 32 }}
+num_redundant_experts = 32
+[workload]
+num_requests = 4096
+prompt_tokens = 128
+output_tokens = 33
+"""
 
 
 def loads() -> Iterator[tuple[str, int, int, tuple[int, ...], np.ndarray]]:
@@ -162,7 +181,7 @@ def steps() -> None:
     chosen = np.random.default_rng(0).permutation(requests)[: len(requests) // 2]
     is_fit = np.isin(trace.request_T, chosen)
     fit, held = (Demand.of(trace, np.flatnonzero(rows), 1024) for rows in (is_fit, ~is_fit))
-    for ranks, redundant in ((8, 0), (8, 8), (32, 32)):
+    for ranks, redundant in ((8, 0), (8, 8), (32, 32), (32, 64)):
         problem = Problem.even(64, ranks, 8, redundant, weights=Weights(load=0.0, steps=1.0))
         theirs, ours = METHODS["eplb"].place(problem, fit, Clock()), annealed(problem, fit, Clock())
         best = [
@@ -173,9 +192,28 @@ def steps() -> None:
         print(
             f"steps EP{ranks} + {redundant}: EPLB {a:.3f}, ours {b:.3f} ({1 - b / a:.1%}), oracle {np.mean(best):.3f}"
         )
+        if redundant:
+            by_choice = {
+                name: (round(got.steps, 3), round(got.away, 3)) for name, got in choices(problem, ours, held).items()
+            }
+            print(f"  by which copy is taken (fullest rank, choices in other nodes): {by_choice}")
+
+
+def drift() -> None:
+    """Three tasks one after the other within one hour or two, placed anew by several plans."""
+    trace = public_trace(*ESFT)
+    if trace is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "drift.toml"
+        write_trace(replace(trace, predicted_HTLW=()), path.with_suffix(".npz"))
+        path.write_text(DRIFT.format(trace=path.with_suffix(".npz")))
+        for hours in ("2", "1"):
+            print(CliRunner().invoke(cli, ["rebalance", str(path), "--hours", hours], catch_exceptions=False).stdout)
 
 
 if __name__ == "__main__":
     beside_eplb(prove=True)
     steps()
+    drift()
     traffic()

@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.table import Table
 
     from moesim.optimize.choice import Chosen
     from moesim.optimize.demand import Demand
@@ -269,8 +270,7 @@ def _print(placed: Placed, simulated: dict[str, float], price: Price | None, cho
         table.add_row("simulated time per output token", *(f"{simulated[name] * 1e3:.2f} ms" for name in names), "")
     console.print(table)
     if chosen:
-        said = ", ".join(f"{name} {item.steps:.3f} ({item.away:.0%} leave the node)" for name, item in chosen.items())
-        console.print(f"fullest rank over the mean in each step, by which copy tokens go to: {said}")
+        console.print(_copies(chosen))
     if price:
         console.print(
             f"priced by simulating: {price.even_s * 1e3:.3f} ms an iteration, {price.steps_s * 1e3:.3f} ms for each 1 "
@@ -292,6 +292,19 @@ def _print(placed: Placed, simulated: dict[str, float], price: Price | None, cho
     console.print("* of the requests that it was made for: no placement as even as the slack asks has less there")
     if placed.excess:
         console.print(f"the fullest rank or node is {placed.excess:.1%} above what the slack allows")
+
+
+def _copies(chosen: dict[str, Chosen]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title="Which copy a token goes to, at run time", title_justify="left")
+    table.add_column("")
+    for name in chosen:
+        table.add_column(name, justify="right")
+    table.add_row("fullest rank over the mean, in each step", *(f"{item.steps:.3f}" for item in chosen.values()))
+    table.add_row("choices in another node than the token's", *(f"{item.away:.1%}" for item in chosen.values()))
+    return table
 
 
 def _said(term: str, value: float) -> str:

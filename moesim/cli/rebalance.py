@@ -36,9 +36,12 @@ def rebalance_command(
     ranks wait.
     """
     from moesim import verbs
+    from moesim.optimize.demand import Demand
     from moesim.optimize.of_scenario import halves, problem_of
     from moesim.optimize.price import price_of
     from moesim.optimize.rebalance import PLANS, WARM_S, Rebalancing, drifting
+    from moesim.optimize.score import spread_fraction
+    from moesim.optimize.search import most_even
     from moesim.report import check_target
 
     if plot:
@@ -50,7 +53,10 @@ def rebalance_command(
                 raise ValueError(f"{name} {value:g}: must be above 0")
     base = verbs.load(scenario, changes)[0]
     problem = problem_of(base)
-    price = price_of(base, problem, halves(base)[0])
+    known = halves(base)[0]
+    demand, price = Demand.of(known), price_of(base, problem, known)
+    spread = spread_fraction(problem, most_even(problem, demand.load_LE), demand)  # placing by load leaves that alone
+    price = replace(price, even_s=price.even_s + price.spread_s * spread)
     ticks = round((hours * 3600 + WARM_S) / tick_s)
     load_KLE = drifting(base.trace, base.workload.num_requests, ticks=ticks, around=around, width=width, seed=base.seed)
     study = Rebalancing(problem, price, base.model, base.cluster, load_KLE, tick_s)
