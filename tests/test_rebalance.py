@@ -199,6 +199,7 @@ def test_rebalance_command(path, tmp_path):
         (["--rank", "1:slots=70"], "a rank has 70 slots for 64 experts"),
         (["--rank", "1:slots=60", "--set", "workload.prompt_tokens=9300"], "GiB are free; "),
         (["--rank", "1:speed=0"], "needs a speed above 0"),
+        (["--rank", "1:speed=0.5", "--weights", "time"], "give slow ranks as [faults]"),
     ],
 )
 def test_unlike_ranks_are_checked(path, given, says):

@@ -50,12 +50,9 @@ SHARES = ("rank", "node", "rack", "spread", "moved")
 @click.option("--tokens-per-step", type=int, help="Tokens of a step, for the term of steps. Default: the requests'.")
 @click.option("--per-rack", type=int, default=0, help="Ranks in a rack, for the term of racks.")
 @click.option(
-    "--rank",
-    "unlike",
-    multiple=True,
-    metavar="R:KEY=VALUE,...",
+    "--rank", "unlike", multiple=True, metavar="R:KEY=VALUE,...",
     help="A rank unlike the others: its speed (1 is the fastest), its slots; as in 3:speed=0.5,slots=4. Repeatable.",
-)
+)  # fmt: skip
 @click.option("--today", type=click.Path(path_type=Path), help="An expert map (JSON) that experts move from.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the expert map, EPLB's JSON.")
 @click.option("--csv", "table", type=click.Path(path_type=Path), help="Write it as ExFlow's CSV.")
@@ -86,7 +83,12 @@ def place_command(
     before = read_placement(today, base.layout.experts.ep) if today else None
     problem = _problem(base, slack, per_rack, unlike, None if before is None else before.slot_expert_LP)
     known, others = halves(base)
-    problem, price = _weighed(problem, _weights(weighed), base, known)
+    given = _weights(weighed)
+    if unlike and given.get("time"):
+        raise ValueError(
+            "--weights time: the simulator knows nothing of --rank; give slow ranks as [faults], or weigh other terms"
+        )
+    problem, price = _weighed(problem, given, base, known)
     per_step = base.workload.num_requests if tokens_per_step is None else tokens_per_step
     fit, heldout = (Demand.of(part, None, per_step) for part in (known, others))
     clock = Clock(time_limit_s)
@@ -101,7 +103,7 @@ def place_command(
         from moesim.report.placement import write_frontier
 
         write_frontier(frontier_of(problem, fit, heldout, method, time_limit_s), frontier)
-    simulated = _simulated(base, placed)
+    simulated = {} if unlike else _simulated(base, placed)
     chosen = choices(problem, placed.slot_LP, heldout) if problem.num_slots > problem.num_experts else {}
     if as_json:
         more = {
@@ -198,8 +200,6 @@ def _simulated(base: Scenario, placed: Placed) -> dict[str, float]:
     """Seconds per output token of the scenario (requests held out) with the placement and with two others."""
     from moesim.estimate import estimate
 
-    if not placed.problem.is_even and int(placed.problem.slots_R.min()) != int(placed.problem.slots_R.max()):
-        return {}
     variants = {
         placed.method: replace(base, placement=placed.problem.as_placement(placed.slot_LP)),
         # the same requests for all: those whose load is not known beforehand

@@ -48,7 +48,6 @@ def _near_LPN(problem: Problem, slot_LP: Ints) -> Floats:
     token's own rank, else of its node, else any, in turn among several."""
     ranks, node_R = problem.num_ranks, problem.node_R
     found = np.zeros((*slot_LP.shape, problem.num_nodes))
-    per_N = np.bincount(node_R) / ranks
     for layer, slot_P in enumerate(slot_LP):
         for expert in np.unique(slot_P):
             slots = np.flatnonzero(slot_P == expert)
@@ -56,7 +55,7 @@ def _near_LPN(problem: Problem, slot_LP: Ints) -> Floats:
             near_CR = node_R[problem.rank_P[slots]][:, None] == node_R
             ways_CR = np.where(own_CR.any(axis=0), own_CR, np.where(near_CR.any(axis=0), near_CR, True))
             share_CR = ways_CR / ways_CR.sum(axis=0) / ranks
-            for node in range(len(per_N)):
+            for node in range(problem.num_nodes):
                 found[layer, slots, node] = share_CR[:, node_R == node].sum(axis=1)
     return found
 
