@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from conftest import small_scenario
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moesim import verbs
@@ -93,8 +93,14 @@ def test_tokens_and_bytes_are_conserved(scenario):
             np.testing.assert_allclose(moved, (sent_near + sent_far) * per_token[name])
 
 
+ACTIVE = {"cache": "activation_aware", "predictor": "map_search", "prefetch": "by_activity", "executor": "bit_planes"}
+# a copy ahead gives way to one that is needed
+INTERRUPTED = small_scenario(per_node=1, spread=False, fraction=0.25, layers=2, requests=1, policies=ACTIVE)
+
+
 @few
 @given(anything)
+@example(INTERRUPTED)
 def test_nothing_starts_before_what_it_waits_for_and_no_stream_does_two_things_at_once(scenario):
     result = simulate(scenario, timeline=2)
     assert result.records

@@ -354,22 +354,30 @@ class OffloadedSteps:
     def _played(self, began_s: float) -> Played:
         """What happened since `began_s`, with what still runs cut off at the end."""
         now_s = self._clock.now_s
-        kept = [piece for piece in self._done if piece.task.start_s <= now_s]
+        kept = []  # when it began or went on, until when, and the piece
+        for piece in self._done:
+            task = piece.task
+            kept += [(start, stop, piece) for start, stop in task.spans if stop > began_s]
+            if task.since_s <= now_s:
+                kept.append((task.since_s, min(task.finish_s, now_s), piece))
         kept.sort(key=_began_s)
-        number = {id(piece.task): n for n, piece in enumerate(kept)}
+        number: dict[int, int] = {}  # of the last operation of each task
         operations, start_N, finish_N, bytes_N = [], [], [], []
-        for layer, task, _, after in kept:
+        for n, (start, stop, (layer, task, _, after)) in enumerate(kept):
             waits = tuple([number[id(a)] for a in after if id(a) in number]) if after else ()
+            if id(task) in number:  # it was interrupted
+                waits = (number[id(task)],)
+            number[id(task)] = n
             operations.append(Operation(task.name, layer, task.unit, "rank", waits))
-            start_N.append(max(task.start_s, began_s) - began_s)
-            finish_N.append(min(task.finish_s, now_s) - began_s)
-            bytes_N.append(task.num_bytes if task.finish_s <= now_s else 0.0)
+            start_N.append(max(start, began_s) - began_s)
+            finish_N.append(stop - began_s)
+            bytes_N.append(task.num_bytes if task.finish_s == stop else 0.0)
         start_N1, finish_N1 = np.array(start_N)[:, None], np.array(finish_N)[:, None]
-        shares_NX = np.array([piece.shares_X for piece in kept])
+        shares_NX = np.array([piece.shares_X for _, _, piece in kept])
         costs = Costs(finish_N1 - start_N1, np.array(bytes_N)[:, None], shares_NX)
         parts = part_names(operations)
         return Played(tuple(operations), costs, start_N1, finish_N1, parts, part_indices(operations, parts))
 
 
-def _began_s(piece: _Piece) -> float:
-    return piece.task.start_s
+def _began_s(span: tuple[float, float, _Piece]) -> float:
+    return span[0]

@@ -27,12 +27,13 @@ class Task:
         memory, demand: shared memory that it reads, and bytes a second when nothing slows it down.
         piece_s: it can be interrupted whenever it has run for a multiple of so many seconds; 0: never.
         start_s, finish_s: when it first began and when it ended; infinite before.
+        since_s: when it began or went on; infinite while it waits. spans: before that, from when to when it ran.
         tag: what its owner wants to remember of it.
     """
 
     __slots__ = (
         "demand", "finish_s", "left_s", "memory", "name", "num_bytes", "piece_s", "priority", "rate", "seconds",
-        "since_s", "start_s", "stop_s", "tag", "then", "unit", "waiting",
+        "since_s", "spans", "start_s", "stop_s", "tag", "then", "unit", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -45,6 +46,7 @@ class Task:
         self.start_s = self.finish_s = self.since_s = inf
         self.waiting = 0
         self.then: list[Task] = []
+        self.spans: list[tuple[float, float]] = []
 
     @property
     def is_done(self) -> bool:
@@ -224,5 +226,7 @@ class Timeline:
             self._begin(heappop(queue)[2])
 
     def _enqueue_again(self, task: Task) -> None:
+        task.spans.append((task.since_s, self.now_s))
+        task.since_s = inf
         self._count += 1
         heappush(self._ready.setdefault(task.unit, []), (task.priority, -self._count, task))
