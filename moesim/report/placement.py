@@ -24,8 +24,11 @@ def frontier(points: Sequence[tuple[str, float, float]]) -> Figure:
     axes.plot(
         [load for _, load, _ in ours], [left for _, _, left in ours], "o-", color="#2a6f97", label="annealed, by slack"
     )
+    labels: dict[tuple[float, float], list[str]] = {}  # slacks that lead to the same point share a label
     for name, load, left in ours:
-        axes.annotate(name.removeprefix("slack "), (load, left), textcoords="offset points", xytext=(6, 6), fontsize=8)
+        labels.setdefault((round(load, 3), round(left, 4)), []).append(name.removeprefix("slack "))
+    for at, names in labels.items():
+        axes.annotate(", ".join(names), at, textcoords="offset points", xytext=(6, 6), fontsize=8)
     for marker, (name, load, left) in zip("sD^", [point for point in points if point not in ours], strict=False):
         axes.plot([load], [left], marker, color="#8d99ae", label=name)
     axes.set_xlabel("fullest rank over the mean rank, requests held out")
