@@ -19,6 +19,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moesim.files.imports import import_routing
 from moesim.files.keys import nearest
 from moesim.routing.trace import RoutingTrace
@@ -250,6 +253,14 @@ def studies_json(judged: Sequence[Judged]) -> dict[str, Any]:
 ESFT = tuple(f"routing_esft_deepseek_v2_lite/{task}.npz" for task in ("intent", "summary", "translation"))
 """Public captures of DeepSeek-V2-Lite's routing, of three tasks; and what a claim says where a capture is absent."""
 ABSENT = "the public capture is not beside the project"
+
+
+def split(trace: RoutingTrace, share: float = 0.5) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of a share of a trace's requests, drawn at random and always the same, and rows of the others."""
+    requests = np.unique(trace.request_T)
+    drawn = np.random.default_rng(0).permutation(requests)[: int(len(requests) * share)]
+    is_drawn_T = np.isin(trace.request_T, drawn)
+    return np.flatnonzero(is_drawn_T), np.flatnonzero(~is_drawn_T)
 
 
 def bisected(is_low: Callable[[float], bool], low: float, high: float, steps: int) -> tuple[float, float]:

@@ -32,7 +32,7 @@ from moesim.optimize.problem import Problem, Weights
 from moesim.optimize.score import left_fraction, scored
 from moesim.optimize.search import Caps, annealed
 from moesim.routing.synthetic import topic_trace
-from moesim.study import ABSENT, ESFT, Claim, public_trace
+from moesim.study import ABSENT, ESFT, Claim, public_trace, split
 
 PUBLISHED = {4: (23.25, 17.4953), 8: (27.125, 22.1660)}
 """GPUs -> moves of a token over 31 transitions: by chance, and of the published placement."""
@@ -87,9 +87,9 @@ def _savings() -> dict[str, float]:
         return {}
     first = replace(trace, expert_ids_TLK=trace.expert_ids_TLK[:, :, :1], weights_TLK=None, predicted_HTLW=())
     requests = np.unique(trace.request_T)
-    is_fit = np.isin(trace.request_T, np.random.default_rng(0).permutation(requests)[: len(requests) // 2])
     is_last = np.isin(trace.request_T, requests[-len(requests) // 3 :])  # of three tasks, one after the other
-    fit, held, two, last = (Demand.of(first, np.flatnonzero(rows)) for rows in (is_fit, ~is_fit, ~is_last, is_last))
+    fit, held = (Demand.of(first, rows) for rows in split(trace))
+    two, last = (Demand.of(first, np.flatnonzero(rows)) for rows in (~is_last, is_last))
     found = {}
     for gpus in (4, 8, 32):
         problem = Problem.even(64, gpus, min(gpus, 4), weights=Weights(load=0.0, rank=1.0))

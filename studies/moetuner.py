@@ -29,7 +29,7 @@ from moesim.optimize.place import oracle_steps
 from moesim.optimize.problem import Ints, Problem
 from moesim.optimize.score import in_groups_LEG, scored
 from moesim.policies.placement import Contiguous
-from moesim.study import ABSENT, ESFT, Claim, public_trace
+from moesim.study import ABSENT, ESFT, Claim, public_trace, split
 
 WHERE = "tail latencies, WikiText-103"
 
@@ -69,9 +69,7 @@ def _measured() -> dict[str, float]:
     trace = public_trace(*ESFT)
     if trace is None:
         return {}
-    requests = np.unique(trace.request_T)
-    is_fit = np.isin(trace.request_T, np.random.default_rng(0).permutation(requests)[: len(requests) // 2])
-    fit, held = (Demand.of(trace, np.flatnonzero(rows), 1024) for rows in (is_fit, ~is_fit))
+    fit, held = (Demand.of(trace, rows, 1024) for rows in split(trace))
     found = {}
     for nodes in (1, 2):
         problem = Problem.even(64, 4, 4 // nodes)

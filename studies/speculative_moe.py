@@ -25,7 +25,7 @@ from moesim.optimize.methods.coclustering import CoClustering
 from moesim.optimize.problem import Ints, Problem
 from moesim.optimize.score import in_groups_LEG, scored
 from moesim.policies.placement import Contiguous, Eplb
-from moesim.study import ABSENT, ESFT, Claim, public_trace
+from moesim.study import ABSENT, ESFT, Claim, public_trace, split
 
 
 def claims() -> list[Claim]:
@@ -34,9 +34,7 @@ def claims() -> list[Claim]:
     problem = Problem.even(64, ranks, ranks)
     ours: dict[str, float] = {}
     if trace is not None:
-        requests = np.unique(trace.request_T)
-        is_fit = np.isin(trace.request_T, np.random.default_rng(0).permutation(requests)[: len(requests) // 5])
-        fit, held = (Demand.of(trace, np.flatnonzero(rows), 1024) for rows in (is_fit, ~is_fit))
+        fit, held = (Demand.of(trace, rows, 1024) for rows in split(trace, 1 / 5))
         method = CoClustering()
         theirs = method.place(problem, fit, Clock())
         plain = Contiguous().place(64, ranks, ranks, fit.load_LE).slot_expert_LP

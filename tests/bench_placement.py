@@ -25,13 +25,13 @@ from moesim.optimize.clock import Clock
 from moesim.optimize.demand import Demand
 from moesim.optimize.methods import METHODS
 from moesim.optimize.problem import Problem, Weights
-from moesim.optimize.score import rank_load_SLR, scored
+from moesim.optimize.score import fullest_L, scored
 from moesim.optimize.search import Caps, annealed, most_even
 from moesim.policies.placement import Eplb
 from moesim.routing.generator import Shape, fit_generator
 from moesim.routing.synthetic import topic_trace
 from moesim.routing.trace import joined
-from moesim.study import DATA, ESFT, public_trace
+from moesim.study import DATA, ESFT, public_trace, split
 
 # How strongly layers go together. "Strong" is where annealing can save a sixth of what crosses 4 nodes, "medium" half.
 STRONG = {"num_topics": 24, "concentration": 0.105}
@@ -80,10 +80,6 @@ def loads() -> Iterator[tuple[str, int, int, tuple[int, ...], np.ndarray]]:
             yield f"{name} EP{ranks}, generated", ranks, per_node, redundant, load_LE
 
 
-def full_L(problem: Problem, slot_LP: np.ndarray, load_LE: np.ndarray) -> np.ndarray:
-    return rank_load_SLR(problem, slot_LP, load_LE[None])[0].max(axis=1)
-
-
 def beside_eplb(prove: bool = False) -> tuple[float, float]:
     """A table; the worst gap where the mean rank is the bound and ranks have slots enough to meet it, and EP144's ms.
 
@@ -108,14 +104,14 @@ def beside_eplb(prove: bool = False) -> tuple[float, float]:
             ours_ms, eplb_ms = (1e3 * statistics.median(took[key]) for key in ("ours", "eplb"))
             mean_L = load_LE.sum(axis=1) / ranks
             bound_L = pair_load_L(problem, load_LE) if prove else least_load_L(problem, load_LE)
-            gap_L = full_L(problem, ours, load_LE) / bound_L - 1
+            gap_L = fullest_L(problem, ours, load_LE) / bound_L - 1
             can_L = (least_load_L(problem, load_LE) <= mean_L * (1 + 1e-9)) & (problem.slots_R[0] > 3)
             worst = max(worst, float(gap_L[can_L].max(initial=0.0)))
             ratios = [
                 (values / mean_L).mean()
-                for values in (full_L(problem, theirs, load_LE), bound_L + gap_L * bound_L, bound_L)
+                for values in (fullest_L(problem, theirs, load_LE), bound_L + gap_L * bound_L, bound_L)
             ]
-            better = bool((full_L(problem, ours, load_LE) <= full_L(problem, theirs, load_LE) * (1 + 1e-9)).all())
+            better = bool((fullest_L(problem, ours, load_LE) <= fullest_L(problem, theirs, load_LE) * (1 + 1e-9)).all())
             print(
                 f"{name + f' + {redundant}':46s} {ratios[0]:8.4f} {ratios[1]:8.4f} {ratios[2]:8.4f}   "
                 f"{gap_L.mean():8.3%} {gap_L.max():8.3%}  of {can_L.mean():4.0%} that can meet the mean "
@@ -177,10 +173,7 @@ def steps() -> None:
     trace = public_trace(*ESFT)
     if trace is None:
         return
-    requests = np.unique(trace.request_T)
-    chosen = np.random.default_rng(0).permutation(requests)[: len(requests) // 2]
-    is_fit = np.isin(trace.request_T, chosen)
-    fit, held = (Demand.of(trace, np.flatnonzero(rows), 1024) for rows in (is_fit, ~is_fit))
+    fit, held = (Demand.of(trace, rows, 1024) for rows in split(trace))
     for ranks, redundant in ((8, 0), (8, 8), (32, 32), (32, 64)):
         problem = Problem.even(64, ranks, 8, redundant, weights=Weights(load=0.0, steps=1.0))
         theirs, ours = METHODS["eplb"].place(problem, fit, Clock()), annealed(problem, fit, Clock())

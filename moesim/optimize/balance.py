@@ -11,6 +11,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from moesim.optimize.problem import Problem
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 
@@ -197,7 +199,7 @@ def _paired(load_E, count_E, num_ranks, target, moves, donors):  # type: ignore[
     No other pairs of the same copies have a smaller heaviest pair. Then an expert of the heaviest pair takes a copy
     from one of those that are the lightest without it, wherever that makes what lies above the mean, to the fourth
     power, less: the heaviest pair alone would not tell between moves while several are as heavy. Expert in each slot of
-    two on each rank, [2 R], -1 where there is none; the load of the heaviest pair.
+    two on each rank, [2 R], -1 where there is none.
     """
     num_slots = count_E.sum()
     alone = 2 * num_ranks - num_slots
@@ -246,7 +248,7 @@ def _paired(load_E, count_E, num_ranks, target, moves, donors):  # type: ignore[
         slot_P[2 * r] = owner_P[num_slots - 1 - r]
         if r >= alone:
             slot_P[2 * r + 1] = owner_P[r - alone]
-    return slot_P, heaviest
+    return slot_P
 
 
 @njit(cache=True)
@@ -268,11 +270,10 @@ def _target(load_E, count_E, speed_R):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _in_pairs(load_E, first_R, speed_R, donors):  # type: ignore[no-untyped-def]
-    """Expert in each slot, [P], of ranks of one slot or two."""
+def in_pairs(load_E, count_E, first_R, speed_R, moves, donors):  # type: ignore[no-untyped-def]
+    """Expert in each slot, [P], of ranks of one slot or two; the best for these copies, before `moves` change them."""
     num_ranks, num_slots = len(speed_R), first_R[-1]
-    count_E = copies_of(load_E, num_slots)
-    pair_P = _paired(load_E, count_E, num_ranks, _target(load_E, count_E, speed_R), PAIR_MOVES, donors)[0]
+    pair_P = _paired(load_E, count_E, num_ranks, _target(load_E, count_E, speed_R), moves, donors)
     slot_P = np.empty(num_slots, np.int32)
     r1, r2 = 0, 2 * num_ranks - num_slots  # ranks of one slot and of two, in the order of their pairs
     for r in range(num_ranks):
@@ -318,14 +319,21 @@ def _in_many(load_E, first_R, speed_R, kicks):  # type: ignore[no-untyped-def]
     return best_P
 
 
-def balanced(load_LE: Floats, first_R: Ints, speed_R: Floats, pair_donors: int = PAIR_DONORS) -> Ints:
+def balanced(problem: Problem, load_LE: Floats, pair_donors: int = PAIR_DONORS) -> Ints:
     """Expert in each slot, int32 [L, P]; the same for the same loads of a layer.
 
     pair_donors: experts that may give a copy, where ranks have two slots at most: time for evenness.
 
     Source: Graham, SIAM Journal on Applied Mathematics 1969, for packing longest first; the rest is our own.
     """
-    size_R = np.diff(first_R)
-    if size_R.max() == 2 and size_R.min() >= 1 and np.ptp(speed_R) == 0:  # the compiled halves are large: one is enough
-        return np.array([_in_pairs(load_E, first_R, speed_R, pair_donors) for load_E in load_LE], np.int32)
-    return np.array([_in_many(load_E, first_R, speed_R, KICKS) for load_E in load_LE], np.int32)
+    first_R, speed_R = problem.first_R, problem.speed_R
+    if not problem.has_pairs:  # the compiled halves are large: one is enough
+        return np.array([_in_many(load_E, first_R, speed_R, KICKS) for load_E in load_LE], np.int32)
+    counts = [copies_of(load_E, problem.num_slots) for load_E in load_LE]
+    return np.array(
+        [
+            in_pairs(load_E, count_E, first_R, speed_R, PAIR_MOVES, pair_donors)
+            for load_E, count_E in zip(load_LE, counts, strict=True)
+        ],
+        np.int32,
+    )

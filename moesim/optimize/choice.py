@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 
 from moesim.optimize.demand import Demand
 from moesim.optimize.problem import Floats, Ints, Problem
-from moesim.optimize.score import fullest_SL, rank_sums, shares_LP
+from moesim.optimize.score import fullest_SL, rank_sums, shares_LP, slot_load_SLP
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,7 @@ class Chosen:
 
 def in_turn(problem: Problem, slot_LP: Ints, load_SLE: Floats) -> Floats:
     """Round robin: tokens of each slot, [S, L, P]; copies get as many."""
-    return np.asarray(
-        np.take_along_axis(load_SLE, slot_LP[None].astype(np.int64), axis=2) * shares_LP(problem, slot_LP)
-    )
+    return slot_load_SLP(problem, slot_LP, load_SLE)
 
 
 def at_random(problem: Problem, slot_LP: Ints, load_SLE: Floats) -> Floats:
@@ -43,27 +41,32 @@ def at_random(problem: Problem, slot_LP: Ints, load_SLE: Floats) -> Floats:
     return found
 
 
-def _near_LPN(problem: Problem, slot_LP: Ints) -> Floats:
-    """Share of its expert's tokens that each slot gets from each node, [L, P, N], if the nearest copy is taken: on the
-    token's own rank, else of its node, else any, in turn among several."""
+def _even_home_P(problem: Problem) -> Floats:
+    """Share of a slot's tokens that start in its node, [P], if any token may go there."""
+    return np.asarray((np.bincount(problem.node_R) / problem.num_ranks)[problem.node_R[problem.rank_P]])
+
+
+def _near(problem: Problem, slot_LP: Ints) -> tuple[Floats, Floats]:
+    """If the nearest copy is taken, on the token's own rank, else of its node, else any, in turn among several: each
+    slot's share of its expert's tokens, and the share of a slot's tokens that start in its node, [L, P]."""
     ranks, node_R = problem.num_ranks, problem.node_R
-    found = np.zeros((*slot_LP.shape, problem.num_nodes))
+    share_LP = shares_LP(problem, slot_LP)
+    home_LP = np.tile(_even_home_P(problem), (len(slot_LP), 1))
     for layer, slot_P in enumerate(slot_LP):
-        for expert in np.unique(slot_P):
+        for expert in np.flatnonzero(problem.counts(slot_P[None])[0] > 1):
             slots = np.flatnonzero(slot_P == expert)
             own_CR = problem.rank_P[slots][:, None] == np.arange(ranks)
             near_CR = node_R[problem.rank_P[slots]][:, None] == node_R
             ways_CR = np.where(own_CR.any(axis=0), own_CR, np.where(near_CR.any(axis=0), near_CR, True))
             share_CR = ways_CR / ways_CR.sum(axis=0) / ranks
-            for node in range(problem.num_nodes):
-                found[layer, slots, node] = share_CR[:, node_R == node].sum(axis=1)
-    return found
+            share_LP[layer, slots] = share_CR.sum(axis=1)
+            home_LP[layer, slots] = (share_CR * near_CR).sum(axis=1) / np.maximum(share_CR.sum(axis=1), 1e-300)
+    return share_LP, home_LP
 
 
 def nearest(problem: Problem, slot_LP: Ints, load_SLE: Floats) -> Floats:
     """A copy on the token's own rank, else of its node, else any."""
-    load_SLP = np.take_along_axis(load_SLE, slot_LP[None].astype(np.int64), axis=2)
-    return np.asarray(load_SLP * _near_LPN(problem, slot_LP).sum(axis=2))
+    return slot_load_SLP(problem, slot_LP, load_SLE, _near(problem, slot_LP)[0])
 
 
 def least_loaded(problem: Problem, slot_LP: Ints, load_SLE: Floats) -> Floats:
@@ -96,13 +99,10 @@ CHOICES: dict[str, Callable[[Problem, Ints, Floats], Floats]] = {
 def choices(problem: Problem, slot_LP: Ints, demand: Demand, most_steps: int = 8) -> dict[str, Chosen]:
     """Every choice on up to `most_steps` steps of a demand, spread over it."""
     steps = np.unique(np.linspace(0, len(demand.load_SLE) - 1, most_steps).round().astype(int))
-    load_SLE, node_P, found = demand.load_SLE[steps], problem.node_R[problem.rank_P], {}
-    near_LPN = _near_LPN(problem, slot_LP)
-    near_LP = near_LPN[:, np.arange(len(node_P)), node_P] / np.maximum(near_LPN.sum(axis=2), 1e-300)
-    even_LP = np.broadcast_to((np.bincount(problem.node_R) / problem.num_ranks)[node_P], slot_LP.shape)
+    load_SLE, found = demand.load_SLE[steps], {}
     for name, choose in CHOICES.items():
         load_SLP = choose(problem, slot_LP, load_SLE)
-        home_SLP = load_SLP * (near_LP if name == "nearest" else even_LP)  # of tokens that start in the slot's node
+        home_SLP = load_SLP * (_near(problem, slot_LP)[1] if choose is nearest else _even_home_P(problem))
         full = float(fullest_SL(problem, rank_sums(problem, load_SLP)).mean())
         found[name] = Chosen(full, 1 - float(home_SLP.sum() / max(load_SLP.sum(), 1e-300)))
     return found

@@ -117,7 +117,7 @@ def bounds_of(problem: Problem, demand: Demand, caps: Caps, clock: Clock) -> dic
     weights, load_LE, found = problem.weights, demand.load_LE, {}
     mean_L = load_LE.sum(axis=1) / problem.speed_R.sum()
     used_L = mean_L > 0
-    if weights.load or weights.steps:
+    if weights.load:
         floor_L = np.ones(len(load_LE))
         tightest_L = pair_load_L(problem, load_LE[used_L], clock=clock)
         even_LP = most_even(problem, load_LE[used_L])
@@ -128,8 +128,6 @@ def bounds_of(problem: Problem, demand: Demand, caps: Caps, clock: Clock) -> dic
         mean_SL = demand.load_SLE.sum(axis=2) / problem.speed_R.sum()
         each_SLE = demand.load_SLE / np.maximum(mean_SL, 1e-300)[:, :, None]
         found["steps"] = float(pair_load_L(problem, each_SLE.mean(axis=0), clock=clock).mean())
-    if not weights.load:
-        found.pop("load", None)
     for level in LEVELS:
         if getattr(weights, level):
             found[level] = least_left(problem, demand, level, caps.share_L(problem, load_LE, level), clock).best

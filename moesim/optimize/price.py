@@ -17,9 +17,9 @@ from moesim.optimize.demand import Demand
 from moesim.optimize.methods import METHODS, Method
 from moesim.optimize.methods.annealed import Annealed
 from moesim.optimize.methods.shuffled import Shuffled
+from moesim.optimize.of_scenario import halves
 from moesim.optimize.problem import Problem, Weights
 from moesim.optimize.score import Score, scored
-from moesim.routing.replay import Replay
 from moesim.routing.trace import RoutingTrace
 from moesim.scenario import Scenario
 
@@ -42,7 +42,11 @@ class Price:
 
     def seconds(self, score: Score) -> float:
         """Of an iteration with a placement."""
-        return self.even_s + self.steps_s * (score.steps - 1) + self.spread_s * score.spread
+        return self.seconds_at(score.steps, score.spread)
+
+    def seconds_at(self, steps: float, spread: float = 0.0) -> float:
+        """Of an iteration with these terms."""
+        return self.even_s + self.steps_s * (steps - 1) + self.spread_s * spread
 
     @property
     def weights(self) -> Weights:
@@ -71,22 +75,21 @@ def price_of(base: Scenario, problem: Problem, known: RoutingTrace) -> Price:
     if len(np.unique(known.request_T)) < 2:
         raise ValueError(f"{base.name}: to price time, half of trace {base.trace.name!r} needs two requests or more")
     plain = replace(problem, weights=Weights())
-    history = Replay(known, base.stream("replay"), keeps_history=True).history
-    others = np.setdiff1d(np.arange(known.num_tokens), history)
-    decoded = others[known.is_decode_T[others]]
-    demand = Demand.of(known, decoded if len(decoded) else others, base.workload.num_requests)
+    replayed = halves(replace(base, trace=known))[1]
+    rows = np.flatnonzero(replayed.is_decode_T) if replayed.is_decode_T.any() else None
+    demand = Demand.of(replayed, rows, base.workload.num_requests)
     quick = Annealed(sweeps=20, tries=8)
     asked: list[tuple[Method, Weights]] = [(METHODS["contiguous"], plain.weights), (METHODS["swaps"], plain.weights)]
     asked += [(Shuffled(seed), plain.weights) for seed in range(3)]
     asked += [(quick, Weights(load=0.0, steps=steps, spread=spread)) for steps, spread in ((1, 0), (0, 1), (1, 1))]
-    rows, seconds = [], []
+    terms, seconds = [], []
     for method, weights in asked:
         slot_LP = method.place(replace(plain, weights=weights), demand, Clock(30))
         score = scored(plain, slot_LP, demand)
         variant = replace(base, trace=known, placement=plain.as_placement(slot_LP))
-        rows.append((1.0, score.steps - 1, score.spread))
+        terms.append((1.0, score.steps - 1, score.spread))
         seconds.append(estimate(variant).metrics["tpot_s"])
-    per, _ = nnls(np.array(rows), np.array(seconds))
-    error = float(np.abs(np.array(rows) @ per / np.array(seconds) - 1).max())
+    per, _ = nnls(np.array(terms), np.array(seconds))
+    error = float(np.abs(np.array(terms) @ per / np.array(seconds) - 1).max())
     even_s, steps_s, spread_s = per.tolist()
     return Price(even_s, steps_s, spread_s, error)

@@ -140,6 +140,11 @@ class Problem:
         """Whether all ranks are alike."""
         return bool((self.slots_R == self.slots_R[0]).all() and (self.speed_R == self.speed_R[0]).all())
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether ranks are as fast and have one slot or two, some of them two."""
+        return bool(self.slots_R.max() == 2 and self.slots_R.min() >= 1 and np.ptp(self.speed_R) == 0)
+
     @cached_property
     def first_R(self) -> Ints:
         """First slot of each rank, and the end of the last, [R + 1]."""

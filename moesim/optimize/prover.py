@@ -8,6 +8,7 @@ from ortools.sat.python import cp_model
 
 from moesim.optimize.clock import Clock
 from moesim.optimize.problem import Floats, Ints, Problem
+from moesim.optimize.score import fullest_L
 
 MOST_BOOLEANS = 600
 """Larger layers are not worth a try: CP-SAT does not get above the bounds that cost nothing."""
@@ -24,7 +25,7 @@ def proved_load_L(
         clock: layers share the time that is left.
     """
     found_L = np.array(least_L)
-    full_L = np.array([_full(problem, slot_P, load_E) for slot_P, load_E in zip(slot_LP, load_LE, strict=True)])
+    full_L = fullest_L(problem, slot_LP, load_LE)
     most = problem.num_slots - problem.num_experts + 1
     if problem.num_experts * problem.num_ranks * most > MOST_BOOLEANS:
         return found_L
@@ -36,12 +37,6 @@ def proved_load_L(
         bound = _proved(problem, load_LE[layer], float(full_L[layer]), slot_LP[layer], limit_s)
         found_L[layer] = max(found_L[layer], bound)
     return found_L
-
-
-def _full(problem: Problem, slot_P: Ints, load_E: Floats) -> float:
-    share_P = load_E[slot_P] / np.bincount(slot_P, minlength=problem.num_experts)[slot_P]
-    full_R = np.bincount(problem.rank_P, weights=share_P, minlength=problem.num_ranks)
-    return float((full_R / problem.speed_R).max())
 
 
 def _proved(problem: Problem, load_E: Floats, full: float, slot_P: Ints, limit_s: float) -> float:

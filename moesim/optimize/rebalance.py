@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -139,19 +140,20 @@ class Rebalancing:
                     slot_LP, moved, moving_s = new_LP, moved + count, moving_s + seconds
                     at_s.append((tick - self._first) * tick_s)
             full.append(self._fullest(slot_LP, self._load_KLE[tick]))
-        plain_s = np.array([self._iteration_s(value) for value in full])
-        stalled = moving_s / (len(ticks) * tick_s)
-        mean_s = float(1 / np.mean(1 / plain_s)) / max(1 - stalled, 1e-9)
-        return Outcome(plan, mean_s, stalled, np.array(full), at_s, moved)
+        return self._outcome(plan, full, moving_s, at_s, moved)
 
     def oracle(self) -> Outcome:
         """Every tick has the most even placement of its own, which nothing moves for: no plan wins more."""
         full = [self._fullest(most_even(self._problem, load_LE), load_LE) for load_LE in self._load_KLE[self._first :]]
-        plain_s = np.array([self._iteration_s(value) for value in full])
-        return Outcome(Plan("oracle"), float(1 / np.mean(1 / plain_s)), 0.0, np.array(full))
+        return self._outcome(Plan("oracle"), full)
 
-    def _iteration_s(self, fullest: float) -> float:
-        return self._price.even_s + self._price.steps_s * (fullest - 1)
+    def _outcome(
+        self, plan: Plan, full: list[float], moving_s: float = 0.0, at_s: Sequence[float] = (), moved: int = 0
+    ) -> Outcome:
+        stalled = moving_s / (len(full) * self._tick_s)
+        plain_s = np.array([self._price.seconds_at(value) for value in full])  # in ticks as long, hence harmonic
+        mean_s = float(1 / np.mean(1 / plain_s)) / max(1 - stalled, 1e-9)
+        return Outcome(plan, mean_s, stalled, np.array(full), list(at_s), moved)
 
     def _fullest(self, slot_LP: Ints, load_LE: Floats) -> float:
         return float(fullest_SL(self._problem, rank_load_SLR(self._problem, slot_LP, load_LE[None])).mean())
@@ -160,10 +162,12 @@ class Rebalancing:
         """The placement until the next look, experts that move for it, and how long that takes."""
         problem, today = self._problem, self._problem.as_placement(today_LP)
         full_now = self._fullest(today_LP, load_LE)
-        iterations = until_s / self._iteration_s(full_now)
-        fresh_LP = most_even(problem, load_LE)
-        count, seconds = moving(today, problem.as_placement(fresh_LP), self._model, self._fabric)
-        all_s = seconds * today_LP.size / max(count, 1)  # if all slots' experts moved
+        iterations = until_s / self._price.seconds_at(full_now)
+        all_s = 0.0  # if all slots' experts moved
+        if plan.worth:
+            fresh = problem.as_placement(most_even(problem, load_LE))
+            count, seconds = moving(today, fresh, self._model, self._fabric)
+            all_s = seconds * today_LP.size / max(count, 1)
         weights = Weights(load=self._price.steps_s * iterations, moved=plan.worth * all_s)
         asked = replace(problem, weights=weights, today=today_LP)
         best = (today_LP, 0, 0.0)

@@ -45,6 +45,12 @@ def shares_LP(problem: Problem, slot_LP: Ints) -> Floats:
     return np.asarray(1 / np.take_along_axis(count_LE, slot_LP.astype(np.int64), axis=1))
 
 
+def slot_load_SLP(problem: Problem, slot_LP: Ints, load_SLE: Floats, share_LP: Floats | None = None) -> Floats:
+    """Tokens of each slot in each step, [S, L, P]; shares are even if None."""
+    share_LP = shares_LP(problem, slot_LP) if share_LP is None else share_LP
+    return np.asarray(np.take_along_axis(load_SLE, slot_LP[None].astype(np.int64), axis=2) * share_LP)
+
+
 def rank_sums(problem: Problem, load_SLP: Floats) -> Floats:
     """Tokens of each rank, [S, L, R], of tokens of each slot, [S, L, P]."""
     whole = np.concatenate([load_SLP, np.zeros((*load_SLP.shape[:2], 1))], axis=2)
@@ -53,8 +59,12 @@ def rank_sums(problem: Problem, load_SLP: Floats) -> Floats:
 
 def rank_load_SLR(problem: Problem, slot_LP: Ints, load_SLE: Floats, share_LP: Floats | None = None) -> Floats:
     """Tokens of each rank in each step, [S, L, R]."""
-    share_LP = shares_LP(problem, slot_LP) if share_LP is None else share_LP
-    return rank_sums(problem, np.take_along_axis(load_SLE, slot_LP[None].astype(np.int64), axis=2) * share_LP)
+    return rank_sums(problem, slot_load_SLP(problem, slot_LP, load_SLE, share_LP))
+
+
+def fullest_L(problem: Problem, slot_LP: Ints, load_LE: Floats) -> Floats:
+    """Load of the fullest rank of each layer over its speed, [L]."""
+    return np.asarray((rank_load_SLR(problem, slot_LP, load_LE[None])[0] / problem.speed_R).max(axis=1))
 
 
 def fullest_SL(problem: Problem, rank_SLR: Floats) -> Floats:

@@ -28,7 +28,7 @@ def most_even(problem: Problem, load_LE: Floats, pair_donors: int = PAIR_DONORS)
     load_LE = np.ascontiguousarray(load_LE, np.float64)
     if can_try_all(problem):
         return best_pairs(problem, load_LE)[0]
-    return balanced(load_LE, problem.first_R, problem.speed_R, pair_donors)
+    return balanced(problem, load_LE, pair_donors)
 
 
 @dataclass(frozen=True, eq=False)

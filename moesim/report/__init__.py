@@ -6,7 +6,12 @@ A report is written whole or not at all: under a temporary name in the folder it
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def check_target(path: str | Path) -> None:
@@ -32,3 +37,10 @@ def replace_file(path: str | Path, content: bytes) -> None:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_figure(figure: Figure, path: str | Path) -> None:
+    """A picture as a file of the kind that its name ends in (.png, .svg, .pdf)."""
+    content = BytesIO()
+    figure.savefig(content, format=Path(path).suffix.removeprefix(".") or "png", dpi=150)
+    replace_file(path, content.getvalue())

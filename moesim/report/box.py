@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moesim.boxes import Fit
 from moesim.files.boxes import UPGRADES
-from moesim.report import replace_file
+from moesim.report import write_figure
 from moesim.report.plots import SETUPS, new_figure
 
 if TYPE_CHECKING:
@@ -86,8 +86,4 @@ def box_figure(fits: Sequence[Fit]) -> Figure:
 
 def write_box_figure(fits: Sequence[Fit], path: str | Path) -> None:
     """The picture as a file of the kind that its name ends in (.png, .svg, .pdf)."""
-    import io
-
-    content = io.BytesIO()
-    box_figure(fits).savefig(content, format=Path(path).suffix.removeprefix(".") or "png", dpi=150)
-    replace_file(path, content.getvalue())
+    write_figure(box_figure(fits), path)

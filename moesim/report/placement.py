@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from moesim.optimize.rebalance import Outcome
-from moesim.report import replace_file
+from moesim.report import write_figure
 
 
 def frontier(points: Sequence[tuple[str, float, float]]) -> Figure:
@@ -58,16 +57,10 @@ def drift(outcomes: Sequence[Outcome], tick_s: float) -> Figure:
 
 
 def write_frontier(points: Sequence[tuple[str, float, float]], path: Path) -> None:
-    """The plot as a file, PNG or SVG by its name."""
-    _write(frontier(points), path)
+    """The plot as a file of the kind that its name ends in."""
+    write_figure(frontier(points), path)
 
 
 def write_drift(outcomes: Sequence[Outcome], tick_s: float, path: Path) -> None:
-    """The plot as a file, PNG or SVG by its name."""
-    _write(drift(outcomes, tick_s), path)
-
-
-def _write(figure: Figure, path: Path) -> None:
-    content = BytesIO()
-    figure.savefig(content, format=path.suffix.lstrip(".") or "png", dpi=150)
-    replace_file(path, content.getvalue())
+    """The plot as a file of the kind that its name ends in."""
+    write_figure(drift(outcomes, tick_s), path)

@@ -15,12 +15,13 @@ from moesim.optimize.search import annealed, most_even
 class Annealed:
     """Where only the load of all tokens together counts, the most even placement is already that.
 
-    sweeps, tries: see `moesim.optimize.search.annealed`.
+    sweeps, tries: see `moesim.optimize.search.annealed`. pair_donors: see `moesim.optimize.balance.balanced`.
     """
 
     sweeps: int = 120
     tries: int = 32
     seed: int = 0
+    pair_donors: int = 64
     takes_uneven: ClassVar[bool] = True
     takes_copies: ClassVar[bool] = True
     needs_pairs: ClassVar[bool] = False
@@ -28,5 +29,5 @@ class Annealed:
     def place(self, problem: Problem, demand: Demand, clock: Clock) -> Ints:
         """From the most even placement."""
         if not problem.weights.of_traffic and not problem.weights.steps:
-            return most_even(problem, demand.load_LE, 64)
+            return most_even(problem, demand.load_LE, self.pair_donors)
         return annealed(problem, demand, clock, sweeps=self.sweeps, tries=self.tries, seed=self.seed)

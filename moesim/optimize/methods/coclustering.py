@@ -15,6 +15,7 @@ from moesim.optimize.balance import copies_of
 from moesim.optimize.clock import Clock
 from moesim.optimize.demand import Demand
 from moesim.optimize.problem import Floats, Ints, Problem
+from moesim.optimize.score import in_groups_LEG
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ class CoClustering:
         for _ in range(self.num_rounds):
             found = [self._experts(problem, demand, layer, uses_LQE[layer], rank_Q, rng) for layer in range(num_layers)]
             slot_LP = np.array([slot_P for slot_P, _ in found], np.int32)
-            at_LER = np.zeros((num_layers, num_experts, problem.num_ranks), np.float32)
-            share_LP = 1 / np.take_along_axis(problem.counts(slot_LP), slot_LP.astype(np.int64), axis=1)
-            np.add.at(at_LER, (np.arange(num_layers)[:, None], slot_LP, problem.rank_P[None]), share_LP)
+            at_LER = in_groups_LEG(problem, slot_LP, "rank").astype(np.float32)
             local_QR = np.einsum("lqe,ler->qr", uses_LQE, at_LER, optimize=True)
             rank_Q = self.homes(local_QR, problem.num_ranks)
             local = float(local_QR[np.arange(len(requests)), rank_Q].sum() / uses_LQE.sum())

@@ -60,8 +60,9 @@ class ExFlow:
         """Group of each expert, [L, E], of parts that have nothing to do with each other; they share the time."""
         found = [in_turn(next_LEE, num_groups, clock) for next_LEE in parts]
         small = [
-            i for i, next_LEE in enumerate(parts) if np.count_nonzero(next_LEE) * num_groups <= self.most_terms
-        ] if num_groups > 1 else []  # fmt: skip
+            i for i, next_LEE in enumerate(parts)
+            if num_groups > 1 and np.count_nonzero(next_LEE) * num_groups <= self.most_terms
+        ]  # fmt: skip
         for i in small:
             if not clock.is_over:
                 limit_s = min(self.limit_s / len(small), clock.left_s)

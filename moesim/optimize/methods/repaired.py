@@ -28,6 +28,4 @@ class Repaired:
         """From today's."""
         if problem.today is None:
             return most_even(problem, demand.load_LE)
-        return annealed(
-            problem, demand, clock, start_LP=problem.today, sweeps=self.sweeps, tries=self.tries, hot=0.0, cold=0.0
-        )
+        return annealed(problem, demand, clock, start_LP=problem.today, sweeps=self.sweeps, tries=self.tries, hot=0.0)
